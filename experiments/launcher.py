@@ -1,0 +1,68 @@
+"""What the experiments share: flags over `Config`, devices set up before jax starts, exit codes."""
+
+import os
+import sys
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fedjax_dp.config import Config
+
+EXIT_STOPPED = 130
+
+
+def main(experiment: str, **defaults: Any) -> None:
+    """Parses flags and runs `experiment`; does not return.
+
+    Args:
+        experiment: its name, for reports.
+        **defaults: dotted names of `Config` and what this experiment sets them to by default.
+    """
+    config = Config()
+    for name, value in defaults.items():
+        *sections, field = name.split(".")
+        target: Any = config
+        for section in sections:
+            target = getattr(target, section)
+        setattr(target, field, value)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; a second call goes on.", required=True
+    )
+    holder = config_flags.DEFINE_config_dataclass("config", config)
+
+    def call(argv: list[str]) -> int:
+        if len(argv) > 1:
+            raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+        return run_and_report(holder.value, workdir.value, experiment)
+
+    app.run(call)
+
+
+def run_and_report(config: Config, workdir: str, experiment: str) -> int:
+    """Runs, prints the summary; returns the exit code: 0, 1 for a user's mistake, 130 stopped."""
+    split_cpu(config.execution.devices)
+    # jax starts here, after the devices are set up.
+    from fedjax_dp import training
+    from fedjax_dp.reporting.summary import plain_table
+    from fedjax_dp.results import comparison_row
+
+    try:
+        summary = training.run(config, workdir, experiment=experiment)
+    except training.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STOPPED
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(plain_table([comparison_row(experiment, summary)]))
+    print(f"Summary, statement, pictures and logs are in {workdir}.")
+    return 0
+
+
+def split_cpu(devices: int) -> None:
+    """Gives XLA as many CPU devices as the config asks for, if the user's XLA_FLAGS do not."""
+    name = "--xla_force_host_platform_device_count"
+    given = os.environ.get("XLA_FLAGS", "")
+    if devices > 1 and name not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {name}={devices}".strip()

@@ -1,0 +1,1 @@
+"""Host side: from images and masks to indexed tiles. Knows NumPy, never jax."""

@@ -1,0 +1,1 @@
+"""One client, the cohort, the server."""

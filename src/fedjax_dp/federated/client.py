@@ -1,0 +1,162 @@
+"""What ONE client does in one round: local steps, clipping and noise at its placement."""
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fedjax_dp.privacy import clipping, noise
+from fedjax_dp.typing import ClientConstants, ClientKeys, ClientPlan, NonPrivate, Params, TilePool
+from fedjax_dp.varying import vary_like
+
+Placement = Literal["none", "dp_sgd", "update"]
+
+
+class ClientInfo(NamedTuple):
+    """What a client reports beside its model delta."""
+
+    units: NonPrivate[clipping.UnitSums]  # summed over the round's steps, un-noised
+    update_norm: NonPrivate[Any]  # L2 norm of the update before its clip and noise
+    is_finite: Any  # whether the released delta is finite: a function of what is released
+
+
+class ClientUpdate(Protocol):
+    """One client's round, a pure function; map it with `jax.vmap` over a leading client axis."""
+
+    def __call__(
+        self,
+        params: Params,
+        keys: ClientKeys,
+        client_state: Any,
+        constants: ClientConstants,
+        plan: ClientPlan,
+        pool: TilePool,
+    ) -> tuple[Params, Any, ClientInfo]:
+        """Trains from the server's parameters and returns what leaves the client.
+
+        Args:
+            params: the server's parameters.
+            keys: this client's and round's keys, one a purpose.
+            client_state: `()` unless the algorithm keeps one.
+            constants: the client's public numbers.
+            plan: indices of the tiles drawn.
+            pool: the tiles.
+
+        Returns:
+            `(model_delta, client_state, info)`.
+        """
+        ...
+
+
+class UnitTiles(NamedTuple):
+    """One unit of privacy, as indices: what a unit loss receives."""
+
+    tile_index: Any  # int32 [T]
+    num_tiles: Any  # int32 []
+
+
+def client_update(
+    loss_fn: Any,
+    client_optimizer: optax.GradientTransformation,
+    *,
+    placement: Placement,
+    microbatch_size: int = 1,
+    loop: Literal["drawn", "capacity"] = "drawn",
+) -> ClientUpdate:
+    """Makes the update of one client.
+
+    Guarantees, with C the clip norm and sigma the noise's standard deviation of the constants:
+    "dp_sgd": every local step uses only (sum of clipped unit gradients + sigma N(0, I)) divided by
+    a public number, the sum of sensitivity C. "update": what is returned is the model update
+    clipped to C plus sigma N(0, I). "none": nothing. An empty draw takes the same path. A client
+    with `is_active` zero makes no step and returns exactly zero, noise included.
+
+    Args:
+        loss_fn: `loss_fn(params, images [T, H, W, 3] uint8, labels [T, H, W], num_tiles, key)`,
+            the mean loss over the first `num_tiles` tiles of ONE unit; `key` is a typed key [T],
+            one a tile, which does not depend on the other units drawn.
+        client_optimizer: optax optimiser, started anew each round.
+        placement: where noise enters.
+        microbatch_size: units computed at once; never changes the result beyond rounding.
+        loop: see `clipping.clipped_grad`.
+
+    References:
+        McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
+        Data", Algorithm 1 (ClientUpdate); Abadi et al. 2016, Algorithm 1; Pan et al. 2024,
+        "FedDP", arXiv 2411.04509, for the noise on the update.
+    """
+    if placement not in ("none", "dp_sgd", "update"):
+        raise ValueError(
+            f"Expected placement 'none', 'dp_sgd' or 'update', got {placement=}. Set "
+            "privacy.placement to one of them."
+        )
+
+    def update(
+        params: Params,
+        keys: ClientKeys,
+        client_state: Any,
+        constants: ClientConstants,
+        plan: ClientPlan,
+        pool: TilePool,
+    ) -> tuple[Params, Any, ClientInfo]:
+        def unit_loss(params: Params, unit: UnitTiles, key: Any) -> Any:
+            tile_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, unit.tile_index)
+            images, labels = pool.images[unit.tile_index], pool.labels[unit.tile_index]
+            return loss_fn(params, images, labels, unit.num_tiles, tile_keys)
+
+        make = clipping.clipped_grad if placement == "dp_sgd" else clipping.summed_grad
+        grad_fn = make(unit_loss, microbatch_size=microbatch_size, loop=loop)
+
+        def step(carry: Any, inputs: Any) -> Any:
+            local, optimizer_state = carry
+            index, tile_index, num_units, num_tiles = inputs
+            num_units = jnp.where(constants.is_active > 0, num_units, 0)
+            # One key for all units of a step: tiles fold their own index into it.
+            step_key = jax.random.fold_in(keys.augmentation, index)
+            unit_keys = jnp.broadcast_to(step_key, tile_index.shape[:1])
+            summed, aux = grad_fn(
+                local,
+                UnitTiles(tile_index, num_tiles),
+                unit_keys,
+                num_units,
+                constants.l2_clip_norm,
+            )
+            if placement == "dp_sgd":
+                summed = jax.tree.map(lambda leaf: leaf * constants.l2_clip_norm, summed)
+                noise_key = jax.random.fold_in(keys.noise, index)
+                summed = noise.add_noise(noise_key, summed, constants.noise_stddev)
+            gradient = jax.tree.map(
+                lambda leaf, like: (leaf * constants.inverse_expected_batch_size).astype(like.dtype),
+                summed,
+                local,
+            )
+            updates, optimizer_state = client_optimizer.update(gradient, optimizer_state, local)
+            return (optax.apply_updates(local, updates), optimizer_state), aux
+
+        steps = plan.num_units.shape[0]
+        start = vary_like((params, client_optimizer.init(params)), (params, constants, plan))
+        inputs = (jnp.arange(steps), plan.tile_index, plan.num_units, plan.num_tiles)
+        (local, _), aux = lax.scan(step, start, inputs)
+        model_delta = jax.tree.map(jnp.subtract, local, params)
+        update_norm = clipping.global_norm(model_delta)
+        if placement == "update":
+            clipped, _ = clipping.clip_by_norm(model_delta, constants.l2_clip_norm)
+            model_delta = noise.add_noise(keys.noise, clipped, constants.noise_stddev)
+        model_delta = jax.tree.map(
+            lambda leaf, like: jnp.where(constants.is_active > 0, leaf, 0).astype(like.dtype),
+            model_delta,
+            params,
+        )
+        is_finite = jnp.stack(
+            [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(model_delta)]
+        ).all()
+        info = ClientInfo(
+            units=jax.tree.map(lambda leaf: leaf.sum(0), aux),
+            update_norm=NonPrivate(update_norm),
+            is_finite=is_finite,
+        )
+        return model_delta, client_state, info
+
+    return update

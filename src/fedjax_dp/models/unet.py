@@ -1,0 +1,107 @@
+"""The U-Net (Ronneberger et al. 2015) with group normalisation, and the pure function of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fedjax_dp.models.layers import Conv, ConvVariant, GroupNorm, UpConv, max_pool_2x2
+from fedjax_dp.typing import ApplyFn, Params, PRNGKey
+
+
+class UNet(nn.Module):
+    """U-Net: `depth` poolings, channels doubling at each, two convolutions a level.
+
+    No layer mixes the images of a batch, so a unit's gradient depends on that unit alone.
+
+    Attributes:
+        num_classes: K.
+        base_channels: channels of the first level.
+        depth: number of 2x2 poolings; heights and widths must divide by 2**depth.
+        num_groups: groups of every GroupNorm.
+        standardize: weight-standardised convolutions.
+        conv_variant: see `layers.ConvVariant`.
+    """
+
+    num_classes: int
+    base_channels: int = 16
+    depth: int = 4
+    num_groups: int = 8
+    standardize: bool = False
+    conv_variant: ConvVariant = "xla"
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "N H W 3"]) -> Float[Array, "N H W K"]:
+        """Logits float32 [N, H, W, K] of RGB images [N, H, W, 3] in [0, 1]."""
+        height, width = images.shape[1:3]
+        if height % 2**self.depth or width % 2**self.depth:
+            raise ValueError(
+                f"Expected a height and width divisible by 2**depth = {2**self.depth}, got "
+                f"{height} x {width}. Change data.tile_size or model.depth."
+            )
+
+        def double_conv(x: Array, features: int) -> Array:
+            for _ in range(2):
+                x = Conv(features, standardize=self.standardize, variant=self.conv_variant)(x)
+                x = nn.relu(GroupNorm(self.num_groups)(x))
+            return x
+
+        x = 2.0 * images - 1.0
+        skips = []
+        for level in range(self.depth):
+            x = double_conv(x, self.base_channels * 2**level)
+            skips.append(x)
+            x = max_pool_2x2(x)
+        x = double_conv(x, self.base_channels * 2**self.depth)
+        for level in reversed(range(self.depth)):
+            features = self.base_channels * 2**level
+            x = UpConv(features)(x)
+            x = double_conv(jnp.concatenate([skips[level], x], -1), features)
+        return nn.Dense(self.num_classes, name="head")(x).astype(jnp.float32)
+
+
+def unet(
+    num_classes: int,
+    *,
+    base_channels: int = 16,
+    depth: int = 4,
+    num_groups: int = 8,
+    standardize: bool = False,
+    conv_variant: ConvVariant = "xla",
+) -> tuple[Callable[[PRNGKey], Params], ApplyFn]:
+    """The U-Net as a pair of pure functions.
+
+    Args:
+        num_classes: K, background included.
+        base_channels: channels of the first level, a multiple of `num_groups`.
+        depth: number of poolings.
+        num_groups: groups of the normalisation.
+        standardize: weight-standardised convolutions.
+        conv_variant: how convolutions compute their weight gradients.
+
+    Returns:
+        `init(key) -> params` and `apply(params, images [N, H, W, 3] in [0, 1], key) -> logits
+        [N, H, W, K]`. The network draws no randomness; the key is there for those that do.
+
+    Raises:
+        ValueError: if a number makes no network.
+    """
+    if num_classes < 2 or depth < 1 or base_channels < 1 or base_channels % num_groups:
+        raise ValueError(
+            "Expected num_classes >= 2, depth >= 1 and base_channels a multiple of num_groups, got "
+            f"{num_classes=}, {depth=}, {base_channels=}, {num_groups=}."
+        )
+    module = UNet(num_classes, base_channels, depth, num_groups, standardize, conv_variant)
+
+    def init(key: PRNGKey) -> Params:
+        side = 2**depth
+        return module.init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+    def apply(params: Params, images: Any, key: Any) -> Any:
+        del key
+        return module.apply({"params": params}, images)
+
+    return jax.jit(init), apply

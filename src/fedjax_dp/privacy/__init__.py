@@ -1,0 +1,1 @@
+"""Clipping, noise, accounting and secrets; `mechanism` is the one file that couples them."""

@@ -1,0 +1,222 @@
+"""What a run leaves behind: its description, pictures, privacy statement and summary."""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_dp.assembly import Sites
+from fedjax_dp.checkpoint import Position
+from fedjax_dp.config import Config
+from fedjax_dp.data.federation import Federation
+from fedjax_dp.data.tiles import IGNORE_INDEX, TileTable
+from fedjax_dp.evaluation import Evaluator
+from fedjax_dp.privacy.statement import statement
+from fedjax_dp.reporting import pictures
+from fedjax_dp.reporting.log import write_json
+from fedjax_dp.reporting.summary import ComparisonRow
+from fedjax_dp.segmentation.metrics import summarise
+from fedjax_dp.workdir import versions
+
+
+def finished(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The summary of a run that has finished in `folder`, or None."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if summary["finished"] else None
+
+
+def describe(config: Config, federation: Federation, sites: Sites) -> list[str]:
+    """Lines that tell, before anything runs, what will be trained and protected."""
+    privacy = config.privacy
+    tiles = {split: len(getattr(federation, split)) for split in _SPLITS}
+    lines = [
+        f"{federation.name}: {len(sites.sites)} clients; tiles: "
+        + ", ".join(f"{split} {count}" for split, count in tiles.items()),
+    ]
+    if privacy.placement == "none":
+        lines.append("No privacy: placement none; epsilon is infinite.")
+        return lines
+    lines.append(f"Placement {privacy.placement}, unit {sites.unit} ({sites.unit_note}):")
+    rounds = config.federation.rounds
+    for site in sites.sites:
+        mechanism = site.mechanism
+        epsilon = mechanism.epsilon(rounds, privacy.target_delta)
+        lines.append(
+            f"  {site.name}: {mechanism.num_units} units, q {mechanism.sampling_prob:.4g}, noise "
+            f"multiplier {mechanism.noise_multiplier:.4g}, {rounds} rounds: epsilon {epsilon:.3f} "
+            f"at delta {privacy.target_delta:g}"
+        )
+    lines += [f"Warning: {warning}" for warning in sites.warnings]
+    if config.seed >= 0:
+        lines.append("Warning: an integer seed makes the noise reproducible: NOT private.")
+    return lines
+
+
+def finish(
+    folder: pathlib.Path,
+    *,
+    config: Config,
+    experiment: str,
+    federation: Federation,
+    sites: Sites,
+    evaluator: Evaluator,
+    params: Any,
+    lines: Sequence[Mapping[str, Any]],
+    charged: Mapping[str, int],
+    position: Position,
+    compile_seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Evaluates on test and external tiles, draws, states and sums up; returns the summary."""
+    say("Evaluating on test and external tiles ...")
+    scores = {
+        split: _scores(evaluator, params, getattr(federation, split), federation.class_names)
+        for split in ("test", "external")
+    }
+    draw_overlays(folder, federation, evaluator, params)
+    draw_curves(folder, lines)
+    stated = privacy_statement(config, federation, sites, charged)
+    write_json(folder / "privacy.json", stated)
+    seconds = max(position.seconds, 1e-9)
+    summary = {
+        "experiment": experiment,
+        "finished": True,
+        "rounds": position.round,
+        "seed": config.seed,
+        **scores,
+        "privacy": _privacy(config, sites, stated),
+        "throughput": {
+            "tiles_per_second": position.tiles / seconds,
+            "seconds_per_round": position.seconds / max(position.round, 1),
+            "compile_seconds": compile_seconds,
+            "host_share": 1.0 - position.device_seconds / seconds,
+        },
+        "versions": versions(),
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def comparison_row(name: str, summary: Mapping[str, Any]) -> ComparisonRow:
+    """One row of a comparison table from a run's summary: its test scores and its epsilons."""
+    scores = summary["test"] or summary["external"] or {}
+    privacy = summary["privacy"]
+    unit_epsilon = _number(privacy["epsilon"]["max"])
+    patient = privacy["patient_epsilon"]
+    return ComparisonRow(
+        name=name,
+        **{metric: scores.get(metric) for metric in ("dice", "jaccard", "accuracy")},
+        tile_epsilon=unit_epsilon if privacy["unit"] == "tile" else None,
+        patient_epsilon=None if patient is None else _number(patient["max"]),
+    )
+
+
+def privacy_statement(
+    config: Config, federation: Federation, sites: Sites, charged: Mapping[str, int]
+) -> dict[str, Any]:
+    """The statement of the run, rule by rule; see `privacy.statement.statement`."""
+    notes = []
+    if config.model.init_from:
+        notes.append(
+            f"the parameters it started from ({config.model.init_from}): what their own training "
+            "data owe to privacy is stated by that run, and nothing of it is counted here"
+        )
+    return statement(
+        {site.name: site.mechanism for site in sites.sites},
+        charged,
+        target_delta=config.privacy.target_delta,
+        is_private_randomness=config.seed < 0,
+        unit_note=sites.unit_note,
+        not_accounted=notes,
+        warnings=sites.warnings,
+    )
+
+
+def draw_curves(folder: pathlib.Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, validation Dice and epsilon over the rounds: `curves.png`."""
+    pictures.plot_curves(lines, folder / "curves.png")
+
+
+def draw_overlays(
+    folder: pathlib.Path, federation: Federation, evaluator: Evaluator, params: Any
+) -> None:
+    """Image, truth and prediction of evaluation tiles: `overlays.png` and `overlays_external.png`.
+
+    Training tiles are never drawn.
+    """
+    tables = {
+        "overlays.png": federation.test if len(federation.test) else federation.validation,
+        "overlays_external.png": federation.external,
+    }
+    for name, table in tables.items():
+        chosen = showcase(table)
+        if not chosen:
+            continue
+        index = np.concatenate(list(chosen.values()))
+        predicted = dict(
+            zip(index, evaluator.predictions(params, table.images[index]), strict=True)
+        )
+        tiles = {
+            site: [(table.images[i], table.labels[i], predicted[i]) for i in some]
+            for site, some in chosen.items()
+        }
+        pictures.site_overlays(tiles, folder / name, class_names=federation.class_names)
+
+
+def showcase(table: TileTable, per_site: int = 2, max_sites: int = 8) -> dict[str, np.ndarray]:
+    """Indices of tiles to show of each site: those whose foreground is nearest to a third."""
+    valid = table.labels != IGNORE_INDEX
+    area = np.maximum(valid.mean((1, 2)), 1e-9)
+    foreground = ((table.labels > 0) & valid).mean((1, 2)) / area
+    distance = np.abs(foreground - 1 / 3) + (area < 1)
+    chosen = {}
+    for site in table.sites[:max_sites]:
+        tiles = table.of_site(site)
+        chosen[site] = tiles[np.argsort(distance[tiles], kind="stable")[:per_site]]
+    return chosen
+
+
+_SPLITS = ("train", "validation", "test", "external")
+
+
+def _scores(
+    evaluator: Evaluator, params: Any, table: TileTable, class_names: Sequence[str]
+) -> dict[str, Any] | None:
+    if not len(table):
+        return None
+    return summarise(evaluator.confusions(params, table), table, class_names)
+
+
+def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary's part on privacy, taken from the statement."""
+    clients = stated["clients"]
+    epsilon = {name: entry["epsilon"] for name, entry in clients.items()}
+    patient = {name: entry["patient_epsilon"] for name, entry in clients.items()}
+    is_known = all(entry["epsilon"] is not None for entry in patient.values())
+    reasons = {entry["reason"] for entry in patient.values() if entry["reason"]}
+    return {
+        "placement": config.privacy.placement,
+        "unit": sites.unit,
+        "relation": stated["relation"],
+        "target_delta": config.privacy.target_delta,
+        "accountant": stated["accountant"],
+        "is_private": config.seed < 0 and config.privacy.placement != "none",
+        "epsilon": {"max": max(epsilon.values(), key=_number), "per_client": epsilon},
+        "patient_epsilon": {
+            "max": max((e["epsilon"] for e in patient.values()), key=_number),
+            "per_client": {name: entry["epsilon"] for name, entry in patient.items()},
+        }
+        if is_known
+        else None,
+        "patient_epsilon_reason": "; ".join(sorted(reasons)) or None,
+    }
+
+
+def _number(value: float | str) -> float:
+    return math.inf if isinstance(value, str) else value

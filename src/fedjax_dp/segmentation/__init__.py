@@ -1,0 +1,1 @@
+"""Losses, metrics and augmentation of tiles; nothing here mixes units of privacy."""

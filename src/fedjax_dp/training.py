@@ -1,0 +1,395 @@
+"""The host loop of a run: rounds, epsilon, evaluation, checkpoints; stops and goes on anywhere."""
+
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from fedjax_dp import assembly, results, workdir
+from fedjax_dp.assembly import Device, Programs, Sites
+from fedjax_dp.checkpoint import Checkpoints, Position
+from fedjax_dp.config import Config, config_hash
+from fedjax_dp.data.federation import Federation, fingerprint
+from fedjax_dp.federated import cohort
+from fedjax_dp.federated.algorithms.base import ServerState
+from fedjax_dp.federated.client import ClientInfo
+from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead, client_constants
+from fedjax_dp.privacy.ledger import ChargeLog, Ledger
+from fedjax_dp.privacy.secrets import Secrets
+from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
+from fedjax_dp.segmentation.metrics import summarise
+from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop and has saved its last whole round."""
+
+
+class Run(NamedTuple):
+    """What stays the same during a run."""
+
+    config: Config
+    folder: pathlib.Path
+    experiment: str
+    federation: Federation
+    sites: Sites
+    device: Device
+    programs: Programs
+    ledger: Ledger
+    checkpoints: Checkpoints
+    log: MetricsLog
+    say: Any
+
+
+def run(
+    config: Config,
+    folder: str | os.PathLike[str],
+    *,
+    experiment: str = "feddp",
+    federation: Federation | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs an experiment, or goes on with it where its workdir stands.
+
+    Guarantees: a round is charged, durably, before anything of it is computed; the round that would
+    exceed a client's budget is never run with that client; stopping at any moment loses at most the
+    rounds since the last checkpoint. Resumed with the same machine type, versions and execution
+    plan, a run ends with bit-identical parameters and the same ledger as one that was never
+    stopped; with others, replayed rounds get fresh noise and are charged again.
+
+    Args:
+        config: what to run; it is not changed.
+        folder: the workdir, see the README for what lies in it.
+        experiment: name for reports.
+        federation: tiles to use instead of those `config.data` names.
+        progress: whether to show a progress bar and what happens before it.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        ValueError: the configuration, the data or the workdir does not fit; nothing was run.
+        RuntimeError: a client's message was not finite; names the round and the client.
+        Stopped: SIGINT or SIGTERM came; the last whole round is saved.
+    """
+    say = tqdm.write if progress else (lambda _: None)
+    folder = pathlib.Path(folder)
+    if config.execution.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
+    if federation is None:
+        say("Reading or drawing the tiles ...")
+        federation = assembly.load_federation(config)
+    data_fingerprint = fingerprint(federation)
+    workdir.claim(folder, experiment, config, data_fingerprint)
+    secrets_path = folder / "secrets"
+    if (finished := results.finished(folder)) is not None:
+        say(f"{folder} holds a finished run; its summary is returned.")
+        if secrets_path.exists():
+            secrets_path.unlink()
+        return finished
+    say("Calibrating noise and capacity ...")
+    sites = assembly.make_sites(config, federation, cache_dir=str(folder / "calibration"))
+    for line in results.describe(config, federation, sites):
+        say(line)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_signals())
+        charges = stack.enter_context(ChargeLog(folder / "charges.jsonl"))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
+        secrets = _secrets(config, secrets_path, sites, is_new=not charges.counts())
+        ledger = Ledger.start({s.name: s.mechanism.fingerprint() for s in sites.sites})
+        device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
+        per_chunk = device.mesh.size * config.execution.clients_per_block
+        say("Compiling ...")
+        programs = assembly.compile_programs(config, device, _example_chunk(device, sites, per_chunk))
+        say(f"Compiled in {programs.compile_seconds:.1f} s.")
+        log = stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl")))
+        this = Run(
+            config, folder, experiment, federation, sites, device, programs,
+            ledger, checkpoints, log, say,
+        )  # fmt: skip
+        state, position = _start(this, charges)
+        maker = RoundMaker(
+            sites=sites.sites,
+            secrets=secrets,
+            charges=charges,
+            limits=_limits(config, sites),
+            environment=workdir.environment_hash(device.plan),
+            context=f"{data_fingerprint}/{config_hash(config)}".encode(),
+            clients_per_chunk=per_chunk,
+            cohort_mode=config.federation.cohort,
+            cohort_size=config.federation.cohort_size or None,
+            cohort_prob=config.federation.cohort_prob or None,
+        )
+        state, position = _rounds(this, maker, state, position, stop, progress)
+        summary = results.finish(
+            this.folder,
+            config=config,
+            experiment=experiment,
+            federation=federation,
+            sites=sites,
+            evaluator=programs.evaluator,
+            params=state.averaged_params,
+            lines=log.lines,
+            charged=charges.counts(),
+            position=position,
+            compile_seconds=programs.compile_seconds,
+            say=say,
+        )
+        if secrets.is_private:
+            secrets.destroy(secrets_path)
+    return summary
+
+
+def _rounds(
+    this: Run,
+    maker: RoundMaker,
+    state: ServerState,
+    position: Position,
+    stop: list[int],
+    progress: bool,
+) -> tuple[ServerState, Position]:
+    """Runs the rounds that are left; returns the last state and where it stands."""
+    config, last = this.config, this.config.federation.rounds
+    bar = tqdm(
+        total=last, initial=position.round, desc=this.folder.name, unit="round",
+        disable=not progress, dynamic_ncols=True, smoothing=0.1,
+    )  # fmt: skip
+    shown: dict[str, str] = {}
+    rounds = ahead(maker.make, position.round, last)
+    with bar, contextlib.closing(rounds):
+        if not this.log.lines:
+            this.log.append({"round": 0, "nonprivate": _validate(this, state, shown)})
+            results.draw_overlays(
+                this.folder, this.federation, this.programs.evaluator, state.averaged_params
+            )
+        for made in rounds:
+            start = time.perf_counter()
+            done = _one_round(this, made, state, stop, bar, shown)
+            if done is None:
+                this.checkpoints.save(state, position)
+                raise Stopped(
+                    f"Stopped by signal {stop[0]} after round {position.round}, which is saved. "
+                    "The same command goes on."
+                )
+            state, work = done
+            seconds = time.perf_counter() - start
+            number = made.index + 1
+            line = _line(this, made, work, seconds, shown)
+            if number % config.eval_every == 0 or number == last:
+                line["nonprivate"] |= _validate(this, state, shown)
+            this.log.append(line)
+            position = Position(
+                round=number,
+                ledger=Ledger.from_json(position.ledger).charge(made.clients).to_json(),
+                charge_head=made.charge_head,
+                seconds=position.seconds + seconds,
+                device_seconds=position.device_seconds + work.device_seconds,
+                tiles=position.tiles + work.tiles,
+            )
+            if number % config.checkpoint_every == 0 or number == last:
+                this.checkpoints.save(state, position)
+            if "validation" in line["nonprivate"]:
+                results.draw_curves(this.folder, this.log.lines)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+    if position.round < last:
+        this.say(f"The privacy budget of every client is spent after round {position.round}.")
+    this.checkpoints.save(state, position)
+    return state, position
+
+
+class _Work(NamedTuple):
+    """What the devices did in one round."""
+
+    infos: list[tuple[tuple[str, ...], ClientInfo]]
+    tiles: int
+    device_seconds: float
+
+
+def _one_round(
+    this: Run,
+    made: RoundInput,
+    state: ServerState,
+    stop: list[int],
+    bar: Any,
+    shown: Mapping[str, str],
+) -> tuple[ServerState, _Work] | None:
+    """One round on the devices; None if it was asked to stop."""
+    by_client = cohort.by_client(this.device.mesh)
+    acc = this.programs.begin(state)
+    infos: list[tuple[tuple[str, ...], ClientInfo]] = []
+    tiles, device_seconds, visited = 0, 0.0, 0
+    for prepared in made.chunks:
+        if stop:
+            return None
+        start = time.perf_counter()
+        chunk = jax.device_put(prepared.chunk, by_client)
+        acc, _, info = this.programs.visit(acc, state, chunk, this.device.pool)
+        jax.block_until_ready(info)
+        device_seconds += time.perf_counter() - start
+        infos.append((prepared.clients, info))
+        tiles += prepared.num_tiles
+        visited += len(prepared.clients)
+        bar.set_postfix({**shown, "clients": f"{visited}/{len(made.clients)}"})
+    for clients, info in infos:
+        for client, is_finite in zip(clients, np.asarray(info.is_finite), strict=False):
+            if not is_finite:
+                raise RuntimeError(
+                    f"Round {made.index + 1}: the message of client {client!r} is not finite. "
+                    "Lower the learning rates; the last checkpoint is whole."
+                )
+    start = time.perf_counter()
+    state = this.programs.finish(state, acc)
+    jax.block_until_ready(state)
+    device_seconds += time.perf_counter() - start
+    return state, _Work(infos, tiles, device_seconds)
+
+
+def _line(
+    this: Run, made: RoundInput, work: _Work, seconds: float, shown: dict[str, str]
+) -> dict[str, Any]:
+    """The round's line of `metrics.jsonl`: what is accounted, and apart from it what is not."""
+    delta = this.config.privacy.target_delta
+    epsilon = {
+        site.name: site.mechanism.epsilon(made.charged.get(site.name, 0), delta)
+        if made.charged.get(site.name, 0)
+        else 0.0
+        for site in this.sites.sites
+    }
+    worst = max(epsilon.values())
+    shown["epsilon"] = "infinite" if math.isinf(worst) else f"{worst:.2f}"
+    sums = [jax.tree.map(np.asarray, info.units) for _, info in work.infos]
+    total = jax.tree.map(lambda *parts: float(sum(part.sum() for part in parts)), *sums)
+    units = max(total.value.count, 1.0)
+    shown["loss"] = f"{total.value.loss / units:.3f}"
+    # Durations follow the number of units drawn, so they are not released as private either.
+    nonprivate = NonPrivate(
+        {
+            "loss": total.value.loss / units,
+            "gradient_norm": total.value.norm / units,
+            "clipped_fraction": total.value.clipped / units,
+            "non_finite_units": total.value.non_finite,
+            "units": total.value.count,
+            "tiles": work.tiles,
+            "seconds": seconds,
+            "device_seconds": work.device_seconds,
+            "update_norm": {
+                client: float(norm)
+                for clients, info in work.infos
+                for client, norm in zip(clients, np.asarray(info.update_norm.value), strict=False)
+            },
+        }
+    )
+    return {
+        "round": made.index + 1,
+        "epsilon": {"max": worst, "per_client": epsilon},
+        "clients": list(made.clients),
+        "left": list(made.left),
+    } | unwrap_nonprivate(nonprivate)
+
+
+def _validate(this: Run, state: ServerState, shown: dict[str, str]) -> dict[str, Any]:
+    """Scores on the validation tiles, for `nonprivate/`; nothing steers by them."""
+    table = this.federation.validation
+    if not len(table):
+        return {}
+    counts = this.programs.evaluator.confusions(state.averaged_params, table)
+    scores = summarise(counts, table, this.federation.class_names)
+    assert scores is not None  # the table has tiles
+    if scores["dice"] is not None:
+        shown["dice"] = f"{scores['dice']:.3f}"
+    return {"validation": scores}
+
+
+def _start(this: Run, charges: ChargeLog) -> tuple[ServerState, Position]:
+    """The newest checkpoint, or the beginning."""
+    state = this.device.state
+    if this.checkpoints.latest_round is None:
+        this.log.cut_back(0)
+        return state, Position(0, this.ledger.to_json(), "", 0.0, 0.0, 0)
+    state, position = this.checkpoints.restore(state)
+    state = jax.device_put(state, cohort.replicated(this.device.mesh))
+    this.ledger.restore(position.ledger)
+    charges.rewind(position.charge_head)
+    this.log.cut_back(position.round)
+    this.say(f"Going on after round {position.round} of {this.folder}.")
+    return state, position
+
+
+def _secrets(config: Config, path: pathlib.Path, sites: Sites, *, is_new: bool) -> Secrets:
+    """The run's secrets: loaded, made and saved before anything is charged, or from the seed."""
+    clients = [site.name for site in sites.sites]
+    if config.seed >= 0:
+        return Secrets.from_seed(clients, config.seed)
+    if path.exists():
+        return Secrets.load(path, clients)
+    if not is_new:
+        raise ValueError(
+            f"Rounds were charged in {path.parent}, but their secrets at {path} are gone, so they "
+            "cannot be replayed. Start a new run in another --workdir."
+        )
+    secrets = Secrets.generate(clients)
+    secrets.save(path)
+    return secrets
+
+
+def _limits(config: Config, sites: Sites) -> dict[str, int]:
+    """Rounds each client's budget allows, computed beforehand."""
+    privacy = config.privacy
+    if privacy.placement == "none" or not privacy.target_epsilon:
+        return {}
+    return {
+        site.name: site.mechanism.max_rounds(privacy.target_epsilon, privacy.target_delta)
+        for site in sites.sites
+    }
+
+
+def _example_chunk(device: Device, sites: Sites, clients_per_chunk: int) -> cohort.CohortChunk:
+    """A chunk of the shapes every chunk has, holding nobody's randomness."""
+    mechanism = sites.sites[0].mechanism
+    slots = max(site.mechanism.capacity for site in sites.sites)
+    steps, tiles = mechanism.local_steps, mechanism.tiles_per_unit
+    client = cohort.CohortChunk(
+        keys=ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)),
+        client_state=(),
+        constants=client_constants(mechanism, 1.0),
+        plan=ClientPlan(
+            np.zeros((steps, slots, tiles), np.int32),
+            np.zeros(steps, np.int32),
+            np.zeros((steps, slots), np.int32),
+        ),
+    )
+    return jax.device_put(
+        cohort.stack_chunk([client] * clients_per_chunk), cohort.by_client(device.mesh)
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Notes SIGINT and SIGTERM instead of dying in mid-round; a second one ends at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread alone.
+        return
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

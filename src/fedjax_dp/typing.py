@@ -1,0 +1,85 @@
+"""The dictionary of the device side: what is passed between host, client and server.
+
+Axis letters: C clients, S local steps, U units of privacy, T tiles of a unit, H W pixels,
+K classes, N tiles in the pool.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+from jaxtyping import Array, Bool, Float32, Int32, Key, PyTree, UInt8
+
+Params = PyTree
+"""A pytree of floating-point arrays: parameters, gradients and model deltas alike."""
+
+PRNGKey = Key[Array, ""]
+"""A typed threefry key."""
+
+ApplyFn = Callable[[Params, Any, Any], Any]
+"""`apply(params, images [B, H, W, 3], key) -> logits [B, H, W, K]`, a pure function."""
+
+T = TypeVar("T")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NonPrivate(Generic[T]):
+    """A value computed from private data without noise.
+
+    Only logging under `nonprivate/` may unwrap it; nothing that is released, and nothing that
+    steers training, may depend on it.
+    """
+
+    value: T
+
+
+class TilePool(NamedTuple):
+    """All tiles a program may visit, on the device once; plans refer to them by index."""
+
+    images: Any  # uint8 [N, H, W, 3]
+    labels: Any  # uint8 [N, H, W], 255 = ignore
+
+
+class ClientPlan(NamedTuple):
+    """Which tiles one client visits in one round: indices into the pool, real ones first."""
+
+    tile_index: Any  # int32 [S, U, T]
+    num_units: Any  # int32 [S]: units really drawn, the rest is padding
+    num_tiles: Any  # int32 [S, U]: tiles of each unit, the rest is padding
+
+
+class ClientKeys(NamedTuple):
+    """One key per purpose for one client and round; folded further by step and tile."""
+
+    noise: Any
+    augmentation: Any
+
+
+class ClientConstants(NamedTuple):
+    """Public numbers of one client, float32, traced, so unlike sites share one program."""
+
+    weight: Any  # in the server's average; zero for a site that has left
+    l2_clip_norm: Any  # of a unit's gradient (dp_sgd) or of the update (update)
+    noise_stddev: Any  # absolute: noise multiplier times the sensitivity
+    inverse_expected_batch_size: Any
+    is_active: Any  # 0.0 or 1.0: a site that has left makes no step
+
+
+__all__ = [
+    "ApplyFn",
+    "Array",
+    "Bool",
+    "ClientConstants",
+    "ClientKeys",
+    "ClientPlan",
+    "Float32",
+    "Int32",
+    "NonPrivate",
+    "PRNGKey",
+    "Params",
+    "PyTree",
+    "TilePool",
+    "UInt8",
+]

@@ -1,0 +1,96 @@
+"""The folder of a run: whose it is, and what its bytes depend on."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+
+import fedjax_dp
+from fedjax_dp.config import Config, identity
+from fedjax_dp.reporting.log import write_json
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting", "orbax-checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"fedjax_dp": fedjax_dp.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def environment_hash(plan: dict[str, Any]) -> str:
+    """Hash of all that a round's bytes depend on beside configuration, data and secrets.
+
+    Two processes with the same hash that replay a round send byte-identical messages: versions,
+    device, cores and instruction set (they decide the order of sums) and the execution plan.
+
+    Args:
+        plan: the resolved execution plan.
+    """
+    device = jax.devices()[0]
+    parts = {
+        "versions": versions(),
+        "device": [device.platform, device.device_kind, jax.device_count()],
+        "machine": [platform.machine(), _processor(), os.cpu_count()],
+        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")],
+        "plan": plan,
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _processor() -> str:
+    """The processor's model and instruction sets, where the system tells."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        wanted = ("model name", "flags", "Features")
+        return "|".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    return platform.processor()
+
+
+def claim(workdir: pathlib.Path, experiment: str, config: Config, fingerprint: str) -> None:
+    """Makes `workdir` this run's, or checks that it is.
+
+    Args:
+        workdir: the folder; made if absent.
+        experiment: name of the experiment.
+        config: what the run was told.
+        fingerprint: of the training data.
+
+    Raises:
+        ValueError: the folder belongs to another experiment, configuration or data; the message
+            shows each difference.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    mine = {"experiment": experiment, "data.fingerprint": fingerprint, **identity(config)}
+    if not path.exists():
+        write_json(path, {"identity": mine, "execution": _execution(config)})
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    differences = [
+        f"  {name}: {theirs.get(name, 'absent')!r} there, {mine.get(name, 'absent')!r} now"
+        for name in sorted({*mine, *theirs})
+        if theirs.get(name, ...) != json.loads(json.dumps(mine.get(name, "absent")))
+    ]
+    if differences:
+        raise ValueError(
+            f"The workdir {workdir} belongs to another run:\n" + "\n".join(differences) + "\n"
+            "Use its configuration to go on with it, or another --workdir."
+        )
+
+
+def _execution(config: Config) -> dict[str, Any]:
+    return {
+        **vars(config.execution),
+        "eval_every": config.eval_every,
+        "checkpoint_every": config.checkpoint_every,
+    }
