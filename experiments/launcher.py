@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fedjax_dp.config import Config
@@ -30,6 +30,9 @@ def main(experiment: str, **defaults: Any) -> None:
         "workdir", None, "Folder of the run; a second call goes on.", required=True
     )
     holder = config_flags.DEFINE_config_dataclass("config", config)
+
+    # Orbax tells of every file it writes; the run's own lines would drown.
+    logging.set_verbosity(logging.WARNING)
 
     def call(argv: list[str]) -> int:
         if len(argv) > 1:

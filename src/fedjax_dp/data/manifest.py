@@ -130,6 +130,7 @@ def read_manifest(path: str | pathlib.Path) -> Manifest:
         message = f"The manifest is not UTF-8 text ({error.reason}). Save it as 'CSV UTF-8'."
         raise ManifestError(path, [Finding("error", (), message)]) from error
     records, findings = _records(text)
+    is_whole = not findings
     if not records:
         wanted = ",".join(REQUIRED_COLUMNS)
         message = f"The manifest is empty. Begin with a header line, at least {wanted}."
@@ -145,9 +146,10 @@ def read_manifest(path: str | pathlib.Path) -> Manifest:
         if columns.count(name) > 1:
             message = f"Column {name!r} occurs {columns.count(name)} times. Keep one."
             findings.append(Finding("error", (header_line,), message))
-    if len(records) == 1:
+            missing.append(name)
+    if len(records) == 1 and is_whole:
         findings.append(Finding("error", (header_line,), "No row below the header. Add images."))
-    if any(finding.level == "error" for finding in findings):
+    if missing:
         return Manifest(path=path, rows=(), findings=tuple(findings))
     rows = []
     for line, cells in records[1:]:
@@ -165,7 +167,8 @@ def read_manifest(path: str | pathlib.Path) -> Manifest:
             rows.append(row)
     findings.extend(_duplicates(rows))
     if any(row.split for row in rows) and not all(row.split for row in rows):
-        lines = tuple(row.line for row in rows if not row.split)
+        wrong_lines = {line for finding in findings for line in finding.rows}
+        lines = tuple(row.line for row in rows if not row.split and row.line not in wrong_lines)
         message = f"split is empty while other rows have one. Write one of {', '.join(SPLITS)}."
         findings.append(Finding("error", lines, message))
     return Manifest(path=path, rows=tuple(rows), findings=tuple(findings))
@@ -200,7 +203,7 @@ def _row(line: int, values: dict[str, str]) -> tuple[Row | None, list[Finding]]:
     if split and split not in SPLITS:
         message = f"split is {values['split']!r}. Write one of {', '.join(SPLITS)}."
         findings.append(Finding("error", (line,), message))
-        is_usable = False
+        split = ""
     mpp = None
     if values["mpp"]:
         try:

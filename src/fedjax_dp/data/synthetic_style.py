@@ -25,8 +25,10 @@ class Style:
         membrane: density of cell borders; negative = white clefts between cells.
         clearing: 0..1, empty cytoplasm (clear or foamy cells).
         halo: 0..1, shrinkage rims around nuclei.
-        fibrillary: probability that the stroma of a tile is a felt of fine processes (as in
-            brain) instead of collagen.
+        apart: least distance of two nuclei relative to the sum of their radii; below 1 they overlap.
+        grit: contrast of the ground's fine texture.
+        neuropil, areolar: probability that a tile's stroma is a felt of fine processes (as in
+            brain) or thin strands with space between, instead of collagen.
         waviness_um: amplitude of the collagen's waves.
         looseness: 0..1, white clefts between collagen bundles.
         architecture: relative frequency of sheets, nests, glands and stroma.
@@ -51,7 +53,10 @@ class Style:
     membrane: float = 0.1
     clearing: float = 0.0
     halo: float = 0.3
-    fibrillary: float = 0.05
+    apart: float = 0.78
+    grit: float = 1.0
+    neuropil: float = 0.05
+    areolar: float = 0.15
     waviness_um: float = 2.0
     looseness: float = 0.4
     architecture: tuple[float, float, float, float] = (0.35, 0.25, 0.25, 0.15)
@@ -69,7 +74,7 @@ TRAINING_SITES: dict[str, Style] = {
     "birch": Style(
         hematoxylin=(0.58, 0.74, 0.34), eosin=(0.26, 0.88, 0.40), hematoxylin_strength=1.9,
         eosin_strength=0.75, glass=(0.93, 0.92, 0.95), blur_um=0.25, noise=2.5, jpeg_quality=70,
-        cellularity=1.2, diameter_um=7.8, vesicular=0.15, basophilia=0.3, membrane=0.0,
+        cellularity=1.3, apart=0.68, diameter_um=7.8, vesicular=0.15, basophilia=0.3, membrane=0.0,
         architecture=(0.5, 0.2, 0.1, 0.2), inflammation=0.4,
     ),
     # Orange-red eosin, pale vesicular nuclei with nucleoli, glands.
@@ -84,7 +89,7 @@ TRAINING_SITES: dict[str, Style] = {
         hematoxylin=(0.67, 0.66, 0.34), eosin=(0.24, 0.86, 0.45), hematoxylin_strength=1.15,
         eosin_strength=0.5, glass=(0.90, 0.91, 0.93), blur_um=0.32, noise=3.0, jpeg_quality=60,
         cellularity=0.8, diameter_um=8.8, pleomorphism=0.25, vesicular=0.5, membrane=-0.4,
-        fibrillary=0.5, looseness=0.7, architecture=(0.25, 0.35, 0.15, 0.25), fat=0.15,
+        neuropil=0.4, areolar=0.3, grit=1.3, looseness=0.7, architecture=(0.25, 0.35, 0.15, 0.25), fat=0.15,
     ),
     # Magenta, thick sections, large pleomorphic nuclei, necrosis.
     "elm": Style(
@@ -113,13 +118,13 @@ EXTERNAL_SITES: dict[str, Style] = {
     "hazel": Style(
         hematoxylin=(0.62, 0.69, 0.37), eosin=(0.12, 0.91, 0.40), hematoxylin_strength=1.0,
         eosin_strength=0.55, cellularity=0.7, blur_um=0.35, jpeg_quality=75, looseness=0.6,
-        fibrillary=0.3,
+        neuropil=0.3, areolar=0.2,
     ),
     # Very dark purple, small crowded nuclei, blurred.
     "juniper": Style(
         hematoxylin=(0.55, 0.75, 0.37), eosin=(0.30, 0.87, 0.39), hematoxylin_strength=2.2,
         eosin_strength=0.9, glass=(0.90, 0.88, 0.92), blur_um=0.5, jpeg_quality=70,
-        cellularity=1.35, diameter_um=7.2, vesicular=0.1, basophilia=0.35,
+        cellularity=1.35, apart=0.65, diameter_um=7.2, vesicular=0.1, basophilia=0.35,
     ),
 }  # fmt: skip
 """Hospitals that never train, each with a further shift."""
@@ -165,7 +170,10 @@ def wide_style(rng: np.random.Generator) -> Style:
         membrane=membrane,
         clearing=rng.uniform(0.2, 0.9) if rng.random() < 0.3 else 0.0,
         halo=rng.uniform(0, 0.9),
-        fibrillary=0.35,
+        apart=rng.uniform(0.55, 0.9),
+        grit=rng.uniform(0.5, 2.0),
+        neuropil=0.25,
+        areolar=0.25,
         waviness_um=rng.uniform(0.5, 4.0),
         looseness=rng.uniform(0, 0.9),
         architecture=tuple(rng.dirichlet([1.5, 1.0, 1.0, 1.0]).tolist()),

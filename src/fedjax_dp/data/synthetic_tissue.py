@@ -3,15 +3,20 @@
 import dataclasses
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from fedjax_dp.data import synthetic_nuclei as cells
+from fedjax_dp.data.synthetic_ground import (
+    BACKGROUND,
+    EPITHELIUM,
+    LYMPHOCYTES,
+    NECROSIS,
+    STROMA,
+    Matrix,
+    draw_blood,
+    draw_ground,
+)
 from fedjax_dp.data.synthetic_style import Style
-from fedjax_dp.data.synthetic_texture import Grid, fibres, grain, waves
-
-BACKGROUND, STROMA, EPITHELIUM, LYMPHOCYTES, NECROSIS = range(5)
-"""Tissue classes; background is glass, lumen, tears and fat."""
+from fedjax_dp.data.synthetic_texture import Grid, grain, waves
 
 _MARGIN_UM = 8.0
 
@@ -55,11 +60,12 @@ def draw_tissue(rng: np.random.Generator, style: Style, size: int, mpp: float) -
     grid = Grid(size, mpp)
     regions, glands = _draw_regions(rng, style, grid)
     angle = rng.uniform(0, np.pi)
-    fibrillary = bool(rng.random() < style.fibrillary)
-    streaks = fibres(rng, grid, angle, style.waviness_um)
-    nuclei = _place_nuclei(rng, style, grid, regions, glands, None if fibrillary else angle)
-    hematoxylin, eosin = _draw_matrix(rng, style, grid, regions, nuclei, streaks, fibrillary)
-    blood = _draw_blood(rng, style, grid, regions)
+    chance = rng.random()
+    matrix = Matrix.AREOLAR if chance < style.areolar + style.neuropil else Matrix.COLLAGEN
+    matrix = Matrix.NEUROPIL if chance < style.neuropil else matrix
+    nuclei = _place_nuclei(rng, style, grid, regions, glands, matrix, angle)
+    hematoxylin, eosin = draw_ground(rng, style, grid, regions, nuclei, matrix, angle)
+    blood = draw_blood(rng, style, grid, regions)
     owner = cells.paint(rng, grid, nuclei, style.halo, hematoxylin, eosin)
     inside = owner >= 0
     if len(nuclei):
@@ -146,7 +152,8 @@ def _place_nuclei(
     grid: Grid,
     regions: np.ndarray,
     glands: list[_Gland],
-    fibre_angle: float | None,
+    matrix: Matrix,
+    fibre_angle: float,
 ) -> cells.Nuclei:
     dense = 1 / np.sqrt(style.cellularity)
     parts = []
@@ -164,7 +171,7 @@ def _place_nuclei(
     points = fill(LYMPHOCYTES, 7.6, 0.9)
     parts.append(cells.lymphocytes(rng, style, points, LYMPHOCYTES))
     points = fill(STROMA, rng.uniform(12, 17), rng.uniform(0.4, 0.9))
-    if fibre_angle is None:
+    if matrix is Matrix.NEUROPIL:
         parts.append(cells.glia(rng, style, points, STROMA))
     else:
         along = np.full(len(points), fibre_angle)
@@ -176,7 +183,7 @@ def _place_nuclei(
     nuclei = cells.concatenate(parts)
     # Glands may have been torn by the tissue's edge: their nuclei went with them.
     here = _at(regions, grid, np.stack([nuclei.y, nuclei.x], 1))
-    return cells.spread_apart(nuclei.take(np.flatnonzero(here != BACKGROUND)), 0.78)
+    return cells.spread_apart(nuclei.take(np.flatnonzero(here != BACKGROUND)), style.apart)
 
 
 def _gland_nuclei(
@@ -192,85 +199,3 @@ def _gland_nuclei(
     return cells.epithelial(
         rng, style, centres, EPITHELIUM, turn + 0.15 * rng.standard_normal(count)
     )
-
-
-# Densities of the classes' ground substance, in the order of the class indices.
-_EOSIN = np.array([0.01, 0.55, 0.60, 0.42, 0.75], np.float32)
-_BASOPHILIA = np.array([0.0, 0.25, 1.0, 0.8, 0.5], np.float32)
-
-
-def _draw_matrix(
-    rng: np.random.Generator,
-    style: Style,
-    grid: Grid,
-    regions: np.ndarray,
-    nuclei: cells.Nuclei,
-    streaks: np.ndarray,
-    fibrillary: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hematoxylin and eosin of everything but nuclei."""
-    fine, medium, coarse = (grain(rng, grid, width) for width in (0.3, 0.7, 1.8))
-    slow = waves(rng, grid, 22.0)
-    border, shade = _cell_pattern(rng, grid, nuclei)
-    stroma, epithelium = regions == STROMA, regions == EPITHELIUM
-
-    # Levels blend over about half a micron; the textures on them stay sharp.
-    sigma = 0.4 / grid.mpp
-    eosin = ndimage.gaussian_filter(_EOSIN[regions], sigma, truncate=2.5)
-    purple = ndimage.gaussian_filter(_BASOPHILIA[regions], sigma, truncate=2.5)
-
-    vacuoles = np.clip(medium + 0.5 * coarse - 1.5, 0, 1)
-    texture = 0.12 * fine + 0.12 * medium + 0.05 * coarse + 0.10 * slow - 0.45 * vacuoles
-    if fibrillary:
-        strands = np.abs(medium + 0.6 * coarse)
-        ground = 0.3 - 0.35 * strands + 0.1 * streaks + 0.6 * texture
-    else:
-        ground = 0.22 * streaks + 0.55 * texture
-        ground -= 0.85 * np.clip(1.5 * style.looseness - 2.1 - streaks + 0.5 * slow, 0, 1)
-    clear = np.clip(2 * (style.clearing - 0.5) + 0.8 * shade, 0, 1) * np.clip(1 - 2 * border, 0, 1)
-    cytoplasm = texture + 0.14 * shade - clear * (0.75 - 0.25 * np.abs(medium))
-    cytoplasm += (1.3 if style.membrane > 0 else 2.2) * style.membrane * border
-    relief = np.where(stroma, ground, np.where(epithelium, cytoplasm, texture))
-    eosin *= np.clip(1 + relief, 0.04, 2)
-    purple *= style.basophilia * np.clip(1 + 0.9 * relief + 0.15 * medium, 0, 2)
-    return purple, eosin
-
-
-def _cell_pattern(rng: np.random.Generator, grid: Grid, nuclei: cells.Nuclei) -> np.ndarray:
-    """Borders between epithelial cells (0..1), and each cell's shade: float32 [2, size, size]."""
-    own = np.flatnonzero(nuclei.tissue == EPITHELIUM)
-    if len(own) < 2:
-        return np.zeros((2, grid.size, grid.size), np.float32)
-    tree = cKDTree(np.stack([nuclei.y[own], nuclei.x[own]], 1))
-    coarse = grid.axis[::2]
-    # Unstraight borders: the query points wander.
-    wander = 0.9 * waves(rng, grid, 8.0)[::2, ::2]
-    y, x = np.broadcast_arrays(coarse[:, None] + wander, coarse[None, :] - wander)
-    distance, index = tree.query(np.stack([y.ravel(), x.ravel()], 1), k=2)
-    gap = (distance[:, 1] - distance[:, 0]).astype(np.float32)
-    border = np.clip(1.1 + 0.5 * waves(rng, grid, 12.0)[::2, ::2].ravel() - gap / 1.2, 0, 1)
-    shade = rng.standard_normal(len(own)).astype(np.float32)[index[:, 0]] * (1 - border)
-    pattern = np.stack([border, shade]).reshape(2, *y.shape)
-    return pattern.repeat(2, 1).repeat(2, 2)[:, : grid.size, : grid.size]
-
-
-def _draw_blood(
-    rng: np.random.Generator, style: Style, grid: Grid, regions: np.ndarray
-) -> np.ndarray:
-    """Red cells in a vessel-like patch of the stroma; float32 [size, size]."""
-    blood = np.zeros((grid.size, grid.size), np.float32)
-    if rng.random() >= style.bleeding:
-        return blood
-    patch = (waves(rng, grid, 40.0) > rng.uniform(0.6, 1.6)) & (regions == STROMA)
-    axis = grid.axis
-    for y, x in cells.scatter(rng, grid, 6.5, 0.0):
-        outside = max(abs(y), abs(x)) > grid.half_width
-        if outside or not _at(patch, grid, np.array([[y, x]]))[0]:
-            continue
-        rows = np.flatnonzero(np.abs(axis - y) < 4)
-        columns = np.flatnonzero(np.abs(axis - x) < 4)
-        here = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        away2 = (axis[rows, None] - y) ** 2 + (axis[None, columns] - x) ** 2
-        disc = np.clip((3.2**2 - away2) / 5, 0, 1) * (0.75 + 0.02 * away2)
-        blood[here] = np.maximum(blood[here], disc.astype(np.float32))
-    return blood
