@@ -84,8 +84,9 @@ def check(
     num_errors, num_warnings = levels.count("error"), levels.count("warning")
     how = "" if manifest.has_split else " (by keyed hash: the manifest has no split)"
     print(
-        f"\n{manifest.path}: {len(manifest.rows)} images, {num_errors} errors, "
-        f"{num_warnings} warnings. Splits: {', '.join(SPLITS)}{how}.\n"
+        f"\n{manifest.path}: {_count(len(manifest.rows), 'image')}, "
+        f"{_count(num_errors, 'error')}, {_count(num_warnings, 'warning')}. Splits: "
+        f"{', '.join(SPLITS)}{how}.\n"
     )
     sheets = _sheets(manifest, inspected.visited, class_names, label_mode)
     print(_table(manifest, sheets))
@@ -97,7 +98,7 @@ def check(
         for number, (site, sheet) in enumerate(sheets.items()):
             name = re.sub(r"[^\w.-]+", "_", site)
             contact_sheet.save(sheet, folder / f"{number:02d}_{name}.png")
-        print(f"\nPictures of {len(sheets)} sites: {folder}/")
+        print(f"\nPictures of {_count(len(sheets), 'site')}: {folder}/")
     return 1 if num_errors else 0
 
 
@@ -140,12 +141,12 @@ def _sheets(
         is_scaled = all(row.mpp is not None for row, _ in members)
         mpp = sorted({row.mpp for row, _ in members if row.mpp is not None})
         patients = {row.patient for row, _ in members}
-        known = "patients unknown" if patients == {""} else f"{len(patients - {''})} patients"
+        known = "patients unknown" if patients == {""} else _count(len(patients - {""}), "patient")
         hospital = next((row.hospital for row, _ in members if row.hospital), "")
         resolution = _span(mpp) + " µm per pixel" if mpp else "resolution not stated"
         sheets[site] = contact_sheet.Sheet(
-            title=f"{site}{f' ({hospital})' if hospital else ''}: {len(members)} images, {known}, "
-            f"{resolution}",
+            title=f"{site}{f' ({hospital})' if hospital else ''}: "
+            f"{_count(len(members), 'image')}, {known}, {resolution}",
             class_names=class_names,
             pictures=[seen.picture for _, seen in members if seen.picture is not None],
             pixel_counts=np.sum([seen.pixel_counts for _, seen in members], axis=0),
@@ -169,6 +170,10 @@ def _print_doubtful_size(site: str, sheet: contact_sheet.Sheet) -> None:
             f"look: the nuclei of {site} measure {median:.1f} µm in the median, most measure "
             f"{low:g} to {high:g}. Is its mpp right?"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _span(values: Sequence[float]) -> str:

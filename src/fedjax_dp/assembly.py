@@ -75,9 +75,7 @@ def load_federation(config: Config) -> Federation:
             )
     if config.federation.pooled:
         train = federation.train
-        pooled = dataclasses.replace(
-            train, sites=(POOLED,), site=np.zeros(len(train), np.int32)
-        )
+        pooled = dataclasses.replace(train, sites=(POOLED,), site=np.zeros(len(train), np.int32))
         federation = dataclasses.replace(federation, train=pooled)
     if not len(federation.train):
         raise ValueError(f"Expected training tiles in {federation.name}, got none.")
@@ -297,9 +295,7 @@ def compile_programs(config: Config, device: Device, chunk: cohort.CohortChunk) 
     begin = jax.jit(algorithm.begin, out_shardings=everywhere).lower(state).compile()
     acc = begin(state)
     visit = (
-        jax.jit(
-            algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, by_client)
-        )
+        jax.jit(algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, by_client))
         .lower(acc, state, chunk, device.pool)
         .compile()
     )

@@ -108,10 +108,12 @@ def load_params(folder: pathlib.Path, like: Any) -> Any:
     with ocp.CheckpointManager(folder.absolute()) as manager:
         step = manager.latest_step() if folder.is_dir() else None
         if step is None:
-            raise FileNotFoundError(f"Expected model.init_from to hold a finished run, got {folder}.")
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )["state"]
+            raise FileNotFoundError(
+                f"Expected model.init_from to hold a finished run, got {folder}."
+            )
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))[
+            "state"
+        ]
     params = restored["averaged_params"]
     shapes = jax.tree.map(lambda leaf: leaf.shape, like)
     found = jax.tree.map(lambda leaf: leaf.shape, params)

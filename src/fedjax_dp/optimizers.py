@@ -25,7 +25,7 @@ def make_optimizer(
     """
     factory = getattr(optax, name, None)
     parameters = inspect.signature(factory).parameters if callable(factory) else {}
-    if "learning_rate" not in parameters:
+    if factory is None or "learning_rate" not in parameters:
         raise ValueError(
             f"Expected the name of an optax optimiser with a learning rate, got {name!r}. Use for "
             "instance 'sgd', 'adam', 'adamw' or 'yogi'."

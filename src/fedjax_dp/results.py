@@ -107,13 +107,18 @@ def comparison_row(name: str, summary: Mapping[str, Any]) -> ComparisonRow:
     """One row of a comparison table from a run's summary: its test scores and its epsilons."""
     scores = summary["test"] or summary["external"] or {}
     privacy = summary["privacy"]
-    unit_epsilon = _number(privacy["epsilon"]["max"])
-    patient = privacy["patient_epsilon"]
+    of_unit: dict[str, float] = {}
+    for row in privacy["guarantees"].values():
+        # Where a unit has several rows, the table shows the strongest claim that is proven.
+        if row["epsilon"] is not None:
+            known = of_unit.get(row["unit"], math.inf)
+            of_unit[row["unit"]] = min(known, _number(row["epsilon"]))
+    patient = of_unit.get("patient", of_unit.get("client"))
     return ComparisonRow(
         name=name,
         **{metric: scores.get(metric) for metric in ("dice", "jaccard", "accuracy")},
-        tile_epsilon=unit_epsilon if privacy["unit"] == "tile" else None,
-        patient_epsilon=None if patient is None else _number(patient["max"]),
+        tile_epsilon=of_unit.get("tile", of_unit.get("slide", patient)),
+        patient_epsilon=patient,
     )
 
 
@@ -200,6 +205,18 @@ def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[st
     patient = {name: entry["patient_epsilon"] for name, entry in clients.items()}
     is_known = all(entry["epsilon"] is not None for entry in patient.values())
     reasons = {entry["reason"] for entry in patient.values() if entry["reason"]}
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in clients.values():
+        for row in entry["guarantees"]:
+            seen = rows.setdefault(
+                row["name"],
+                {"unit": row["unit"], "relation": row["relation"], "epsilon": 0.0},
+            )
+            valid = row["event"] is not None or config.privacy.placement == "none"
+            if not valid or seen["epsilon"] is None:
+                seen["epsilon"] = None  # no valid guarantee at one client is none at all
+            else:
+                seen["epsilon"] = max(seen["epsilon"], row["epsilon"], key=_number)
     return {
         "placement": config.privacy.placement,
         "unit": sites.unit,
@@ -207,6 +224,7 @@ def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[st
         "target_delta": config.privacy.target_delta,
         "accountant": stated["accountant"],
         "is_private": config.seed < 0 and config.privacy.placement != "none",
+        "protected": stated["protected"],
         "epsilon": {"max": max(epsilon.values(), key=_number), "per_client": epsilon},
         "patient_epsilon": {
             "max": max((e["epsilon"] for e in patient.values()), key=_number),
@@ -214,6 +232,7 @@ def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[st
         }
         if is_known
         else None,
+        "guarantees": rows,
         "patient_epsilon_reason": "; ".join(sorted(reasons)) or None,
     }
 

@@ -109,7 +109,9 @@ def run(
         device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
         per_chunk = device.mesh.size * config.execution.clients_per_block
         say("Compiling ...")
-        programs = assembly.compile_programs(config, device, _example_chunk(device, sites, per_chunk))
+        programs = assembly.compile_programs(
+            config, device, _example_chunk(device, sites, per_chunk)
+        )
         say(f"Compiled in {programs.compile_seconds:.1f} s.")
         log = stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl")))
         this = Run(
@@ -182,7 +184,7 @@ def _rounds(
                 )
             state, work = done
             seconds = time.perf_counter() - start
-            number = made.index + 1
+            number = made.round_index + 1
             line = _line(this, made, work, seconds, shown)
             if number % config.eval_every == 0 or number == last:
                 line["nonprivate"] |= _validate(this, state, shown)
@@ -244,8 +246,8 @@ def _one_round(
         for client, is_finite in zip(clients, np.asarray(info.is_finite), strict=False):
             if not is_finite:
                 raise RuntimeError(
-                    f"Round {made.index + 1}: the message of client {client!r} is not finite. "
-                    "Lower the learning rates; the last checkpoint is whole."
+                    f"Round {made.round_index + 1}: the message of client {client!r} is not "
+                    "finite. Lower the learning rates; the last checkpoint is whole."
                 )
     start = time.perf_counter()
     state = this.programs.finish(state, acc)
@@ -269,7 +271,7 @@ def _line(
     shown["epsilon"] = "infinite" if math.isinf(worst) else f"{worst:.2f}"
     sums = [jax.tree.map(np.asarray, info.units) for _, info in work.infos]
     total = jax.tree.map(lambda *parts: float(sum(part.sum() for part in parts)), *sums)
-    units = max(total.value.count, 1.0)
+    units = max(total.value.units, 1.0)
     shown["loss"] = f"{total.value.loss / units:.3f}"
     # Durations follow the number of units drawn, so they are not released as private either.
     nonprivate = NonPrivate(
@@ -278,7 +280,7 @@ def _line(
             "gradient_norm": total.value.norm / units,
             "clipped_fraction": total.value.clipped / units,
             "non_finite_units": total.value.non_finite,
-            "units": total.value.count,
+            "units": total.value.units,
             "tiles": work.tiles,
             "seconds": seconds,
             "device_seconds": work.device_seconds,
@@ -290,7 +292,7 @@ def _line(
         }
     )
     return {
-        "round": made.index + 1,
+        "round": made.round_index + 1,
         "epsilon": {"max": worst, "per_client": epsilon},
         "clients": list(made.clients),
         "left": list(made.left),

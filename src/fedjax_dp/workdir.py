@@ -41,7 +41,9 @@ def environment_hash(plan: dict[str, Any]) -> str:
         "versions": versions(),
         "device": [device.platform, device.device_kind, jax.device_count()],
         "machine": [platform.machine(), _processor(), os.cpu_count()],
-        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")],
+        "flags": [
+            os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")
+        ],
         "plan": plan,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

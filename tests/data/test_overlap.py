@@ -81,6 +81,14 @@ def test_periodic_patterns_are_no_overlap():
     assert _pairs([stripes, np.repeat(squares[..., None], 3, axis=2)], ["a", "b"]) == []
 
 
+def test_a_burned_in_scale_bar_is_no_overlap():
+    letters = np.random.default_rng(5).integers(0, 2, (24, 60), np.uint8) * 255
+    images = [_texture(128, 128, seed) for seed in (0, 1)]
+    for image in images:
+        image[90:114, 60:120] = letters[..., None]
+    assert _pairs(images, ["a", "b"]) == []
+
+
 def test_tiny_images_have_no_landmarks():
     for shape in ((1, 1, 3), (4, 60, 3), (60, 4, 3), (8, 8, 3)):
         _pairs([np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)])

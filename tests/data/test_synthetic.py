@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from fedjax_dp.data.synthetic import synthetic_federation, wide_tiles
-from fedjax_dp.data.synthetic_nuclei import epithelial, paint
+from fedjax_dp.data.synthetic_nuclei import epithelial
+from fedjax_dp.data.synthetic_paint import paint
 from fedjax_dp.data.synthetic_style import Style
 from fedjax_dp.data.synthetic_texture import Grid
 from fedjax_dp.data.synthetic_tile import TileId, TileSpec
@@ -61,7 +63,10 @@ def test_same_seed_same_tiles_and_another_seed_others():
     assert not same.any()
 
 
-def test_no_two_tiles_are_alike(federation):
+@pytest.mark.parametrize("variation", ["sites", "wide"])
+def test_no_two_tiles_are_alike(variation):
+    # With "wide" no site has a style of its own: only the random stream tells sites apart.
+    federation = synthetic_federation(**SMALL, variation=variation)
     images = np.concatenate([getattr(federation, split).images for split in SPLITS])
     assert len({image.tobytes() for image in images}) == len(images)
 
@@ -198,6 +203,22 @@ def test_outlines_have_the_stated_size_at_any_scale(mpp):
     np.testing.assert_allclose(middle, centres[0], atol=0.6)
 
 
+def test_twice_the_resolution_shows_a_quarter_of_the_nuclei():
+    def nuclei_per_tile(mpp):
+        table = synthetic_federation(
+            patients_per_site=12,
+            tiles_per_patient=1,
+            evaluation_patients_per_site=0,
+            num_external_sites=0,
+            mpp=mpp,
+            num_workers=1,
+        ).train
+        return np.mean([ndimage.label(label)[1] for label in table.labels])
+
+    # More than a quarter: the tile's border cuts relatively more of them.
+    assert 0.2 < nuclei_per_tile(0.25) / nuclei_per_tile(0.5) < 0.55
+
+
 def site_and_patient_spread(table):
     """Standard deviation of mean colours: between sites, and between patients of one site."""
     tiles = optical_density(table.images).mean((1, 2))
@@ -224,7 +245,8 @@ def test_wide_variation_is_wider_than_that_of_the_sites(federation):
     sites = optical_density(federation.train.images).mean((1, 2))
     wide = optical_density(images).mean((1, 2))
     hue = lambda colour: colour / np.linalg.norm(colour, axis=1, keepdims=True)  # noqa: E731
-    assert (hue(wide).std(0) > hue(sites).std(0)).all()
+    assert (hue(wide).std(0) > 0.9 * hue(sites).std(0)).all()
+    assert hue(wide).std(0).prod() > 1.4 * hue(sites).std(0).prod()
     assert 0.1 < labels.mean() < 0.45
 
 

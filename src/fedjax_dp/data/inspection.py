@@ -116,8 +116,10 @@ def inspect(
     splits = default_splits(manifest) if splits is None else tuple(splits)
 
     def look(row: Row, split: str) -> _Look:
-        if not split:
-            return _Look()
+        if not split and not (manifest.has_split and not row.split):
+            return (
+                _Look()
+            )  # left out on purpose; one whose split is wrong is looked at all the same
         return _look(manifest, row, split, label_mode, tuple(class_names), tile_size, visit)
 
     workers = min(8, os.cpu_count() or 1)
@@ -130,7 +132,8 @@ def inspect(
             level = "warning" if split == EXCLUDED else finding.level
             findings.append(dataclasses.replace(finding, level=level))
     findings += table_checks.patients(rows, splits)
-    findings += table_checks.empty_splits(rows, splits)
+    if all(row.split for row in rows) or not manifest.has_split:
+        findings += table_checks.empty_splits(rows, splits)
     findings += table_checks.resolutions(rows, splits)
     findings += _foreground_findings(rows, splits, looks)
     findings += _same_tissue_findings(rows, splits, looks)

@@ -151,7 +151,7 @@ def read_manifest(path: str | pathlib.Path) -> Manifest:
         findings.append(Finding("error", (header_line,), "No row below the header. Add images."))
     if missing:
         return Manifest(path=path, rows=(), findings=tuple(findings))
-    rows = []
+    rows, without_split = [], []
     for line, cells in records[1:]:
         if len(cells) != len(columns):
             message = (
@@ -165,12 +165,12 @@ def read_manifest(path: str | pathlib.Path) -> Manifest:
         findings.extend(wrong)
         if row is not None:
             rows.append(row)
+            if not values.get("split"):
+                without_split.append(line)
     findings.extend(_duplicates(rows))
-    if any(row.split for row in rows) and not all(row.split for row in rows):
-        wrong_lines = {line for finding in findings for line in finding.rows}
-        lines = tuple(row.line for row in rows if not row.split and row.line not in wrong_lines)
+    if 0 < len(without_split) < len(rows):
         message = f"split is empty while other rows have one. Write one of {', '.join(SPLITS)}."
-        findings.append(Finding("error", lines, message))
+        findings.append(Finding("error", tuple(without_split), message))
     return Manifest(path=path, rows=tuple(rows), findings=tuple(findings))
 
 

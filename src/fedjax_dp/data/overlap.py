@@ -19,6 +19,7 @@ import numpy as np
 
 _WINDOW = 8
 _KEEP_ONE_IN = 64
+_BAND = 128
 _MIN_AGREEING = 3
 _MIN_WINDOW_VALUES = 24  # distinct grays of 64: flat and smooth blocks repeat by chance
 _STRIP = 8
@@ -80,6 +81,26 @@ def _landmarks(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Hashes and corners of the textured windows of an image that occur in it once."""
     if min(image.shape[:2]) < _WINDOW:
         return np.zeros((0,), np.uint32), np.zeros((0, 2), np.int32)
+    found = []
+    for start in range(0, len(image) - _WINDOW + 1, _BAND):  # in bands: they fit the cache
+        hashes = _window_hashes(image[start : start + _BAND + _WINDOW - 1])
+        chosen = (hashes & np.uint32((_KEEP_ONE_IN - 1) << 16)) == 0
+        chosen[:, 1:] &= hashes[:, 1:] != hashes[:, :-1]  # blank areas are chosen all or none
+        y, x = np.nonzero(chosen)
+        found.append((hashes[y, x], y + start, x))
+    values, y, x = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    unique, index, counts = np.unique(values, return_index=True, return_counts=True)
+    unique, index = unique[counts == 1], index[counts == 1]
+    y, x = y[index], x[index]
+    windows = np.lib.stride_tricks.sliding_window_view(image[..., 1], (_WINDOW, _WINDOW))
+    grays = np.sort(windows[y, x].reshape(len(y), _WINDOW**2), axis=1)
+    is_textured = (np.diff(grays, axis=1) > 0).sum(1) + 1 >= _MIN_WINDOW_VALUES
+    corners = np.stack([y, x], axis=1).astype(np.int32)
+    return unique[is_textured], corners[is_textured]
+
+
+def _window_hashes(image: np.ndarray) -> np.ndarray:
+    """Hash uint32 [H - 7, W - 7] of the window that begins at each pixel."""
     red, green, blue = (image[..., c].astype(np.uint32) for c in range(3))
     hashes = red * np.uint32(0x1F123BB5) + green * np.uint32(0x05491333) + blue
     for axis, base in ((0, 0x9E3779B1), (1, 0x85EBCA77)):
@@ -94,15 +115,7 @@ def _landmarks(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             width *= 2
     hashes ^= hashes >> np.uint32(15)  # the low bits of a product know only low bits
     hashes *= np.uint32(0x2C1B3C6D)
-    chosen = (hashes & np.uint32((_KEEP_ONE_IN - 1) << 16)) == 0
-    y, x = np.nonzero(chosen)
-    windows = np.lib.stride_tricks.sliding_window_view(image[..., 1], (_WINDOW, _WINDOW))
-    values = np.sort(windows[y, x].reshape(len(y), -1), axis=1)
-    is_textured = (np.diff(values, axis=1) > 0).sum(1) + 1 >= _MIN_WINDOW_VALUES
-    y, x = y[is_textured], x[is_textured]
-    unique, index, counts = np.unique(hashes[y, x], return_index=True, return_counts=True)
-    once = index[counts == 1]
-    return unique[counts == 1], np.stack([y[once], x[once]], axis=1).astype(np.int32)
+    return hashes
 
 
 def _by_landmarks(fingerprints: Sequence[Fingerprint]) -> set[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The ground between nuclei: cytoplasm, collagen, neuropil, debris and blood, as stain densities."""
+"""What lies between nuclei: cytoplasm, collagen, neuropil, debris, blood, as stain densities."""
 
 import enum
 

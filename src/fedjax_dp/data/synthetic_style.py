@@ -25,7 +25,8 @@ class Style:
         membrane: density of cell borders; negative = white clefts between cells.
         clearing: 0..1, empty cytoplasm (clear or foamy cells).
         halo: 0..1, shrinkage rims around nuclei.
-        apart: least distance of two nuclei relative to the sum of their radii; below 1 they overlap.
+        apart: least distance of two nuclei relative to the sum of their radii; they overlap
+            below 1.
         grit: contrast of the ground's fine texture.
         neuropil, areolar: probability that a tile's stroma is a felt of fine processes (as in
             brain) or thin strands with space between, instead of collagen.
@@ -60,8 +61,8 @@ class Style:
     waviness_um: float = 2.0
     looseness: float = 0.4
     architecture: tuple[float, float, float, float] = (0.35, 0.25, 0.25, 0.15)
-    inflammation: float = 0.25
-    necrosis: float = 0.1
+    inflammation: float = 0.4
+    necrosis: float = 0.2
     bleeding: float = 0.15
     fat: float = 0.08
     edge: float = 0.12
@@ -75,7 +76,7 @@ TRAINING_SITES: dict[str, Style] = {
         hematoxylin=(0.58, 0.74, 0.34), eosin=(0.26, 0.88, 0.40), hematoxylin_strength=1.9,
         eosin_strength=0.75, glass=(0.93, 0.92, 0.95), blur_um=0.25, noise=2.5, jpeg_quality=70,
         cellularity=1.3, apart=0.68, diameter_um=7.8, vesicular=0.15, basophilia=0.3, membrane=0.0,
-        architecture=(0.5, 0.2, 0.1, 0.2), inflammation=0.4,
+        architecture=(0.5, 0.2, 0.1, 0.2), inflammation=0.5,
     ),
     # Orange-red eosin, pale vesicular nuclei with nucleoli, glands.
     "cedar": Style(
@@ -89,14 +90,15 @@ TRAINING_SITES: dict[str, Style] = {
         hematoxylin=(0.67, 0.66, 0.34), eosin=(0.24, 0.86, 0.45), hematoxylin_strength=1.15,
         eosin_strength=0.5, glass=(0.90, 0.91, 0.93), blur_um=0.32, noise=3.0, jpeg_quality=60,
         cellularity=0.8, diameter_um=8.8, pleomorphism=0.25, vesicular=0.5, membrane=-0.4,
-        neuropil=0.4, areolar=0.3, grit=1.3, looseness=0.7, architecture=(0.25, 0.35, 0.15, 0.25), fat=0.15,
+        neuropil=0.4, areolar=0.3, grit=1.3, looseness=0.7, fat=0.15,
+        architecture=(0.25, 0.35, 0.15, 0.25),
     ),
     # Magenta, thick sections, large pleomorphic nuclei, necrosis.
     "elm": Style(
         hematoxylin=(0.52, 0.77, 0.37), eosin=(0.19, 0.90, 0.40), hematoxylin_strength=1.7,
         eosin_strength=1.15, glass=(0.95, 0.91, 0.94), blur_um=0.3, noise=2.0, jpeg_quality=80,
         cellularity=0.95, diameter_um=9.8, pleomorphism=0.3, vesicular=0.35, basophilia=0.25,
-        looseness=0.25, architecture=(0.4, 0.3, 0.1, 0.2), necrosis=0.25,
+        looseness=0.25, architecture=(0.4, 0.3, 0.1, 0.2), necrosis=0.4,
     ),
 }  # fmt: skip
 """The five hospitals that train."""
@@ -151,12 +153,12 @@ def patient_style(rng: np.random.Generator, site: Style) -> Style:
 
 def wide_style(rng: np.random.Generator) -> Style:
     """A style drawn from far wider ranges than any site has: one for each tile of pretraining."""
-    membrane = (0.0, rng.uniform(0, 0.5), -rng.uniform(0.1, 0.5))[rng.integers(3)]
+    membrane = (0.0, rng.uniform(0, 0.5), -rng.uniform(0.1, 0.9))[rng.integers(3)]
     return Style(
         hematoxylin=_tilt(rng, (0.60, 0.71, 0.37), 0.11),
         eosin=_tilt(rng, (0.18, 0.87, 0.42), 0.13),
-        hematoxylin_strength=rng.uniform(0.8, 2.4),
-        eosin_strength=rng.uniform(0.35, 1.4),
+        hematoxylin_strength=rng.uniform(0.8, 2.8),
+        eosin_strength=rng.uniform(0.35, 1.7),
         glass=tuple((rng.uniform(0.88, 0.99) + rng.uniform(-0.03, 0.02, 3)).tolist()),
         blur_um=rng.uniform(0.12, 0.55),
         noise=rng.uniform(0.5, 5.0),
@@ -166,7 +168,7 @@ def wide_style(rng: np.random.Generator) -> Style:
         pleomorphism=rng.uniform(0.08, 0.35),
         vesicular=rng.uniform(0, 1),
         chromatin=rng.uniform(0.08, 0.4),
-        basophilia=rng.uniform(0.0, 0.4),
+        basophilia=rng.uniform(0.0, 0.5),
         membrane=membrane,
         clearing=rng.uniform(0.2, 0.9) if rng.random() < 0.3 else 0.0,
         halo=rng.uniform(0, 0.9),
@@ -177,8 +179,8 @@ def wide_style(rng: np.random.Generator) -> Style:
         waviness_um=rng.uniform(0.5, 4.0),
         looseness=rng.uniform(0, 0.9),
         architecture=tuple(rng.dirichlet([1.5, 1.0, 1.0, 1.0]).tolist()),
-        inflammation=0.25,
-        necrosis=0.1,
+        inflammation=0.4,
+        necrosis=0.2,
         bleeding=0.2,
         fat=0.1,
         edge=0.15,

@@ -15,6 +15,7 @@ from fedjax_dp.data.synthetic_ground import (
     draw_blood,
     draw_ground,
 )
+from fedjax_dp.data.synthetic_paint import paint
 from fedjax_dp.data.synthetic_style import Style
 from fedjax_dp.data.synthetic_texture import Grid, grain, waves
 
@@ -66,7 +67,7 @@ def draw_tissue(rng: np.random.Generator, style: Style, size: int, mpp: float) -
     nuclei = _place_nuclei(rng, style, grid, regions, glands, matrix, angle)
     hematoxylin, eosin = draw_ground(rng, style, grid, regions, nuclei, matrix, angle)
     blood = draw_blood(rng, style, grid, regions)
-    owner = cells.paint(rng, grid, nuclei, style.halo, hematoxylin, eosin)
+    owner = paint(rng, grid, nuclei, style.halo, hematoxylin, eosin)
     inside = owner >= 0
     if len(nuclei):
         # A nucleus that bulges into a lumen or a cleft is tissue of its own kind, not glass.

@@ -128,7 +128,9 @@ def client_update(
                 noise_key = jax.random.fold_in(keys.noise, index)
                 summed = noise.add_noise(noise_key, summed, constants.noise_stddev)
             gradient = jax.tree.map(
-                lambda leaf, like: (leaf * constants.inverse_expected_batch_size).astype(like.dtype),
+                lambda leaf, like: (leaf * constants.inverse_expected_batch_size).astype(
+                    like.dtype
+                ),
                 summed,
                 local,
             )

@@ -135,7 +135,8 @@ def stack_chunk(slots: Sequence[CohortChunk | None]) -> CohortChunk:
     )
     filled = [nobody if slot is None else slot for slot in slots]
     keys, *others = (
-        jax.tree.map(lambda *leaves: np.stack(leaves), *parts) for parts in zip(*filled, strict=True)
+        jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+        for parts in zip(*filled, strict=True)
     )
     typed = jax.tree.map(lambda data: jax.random.wrap_key_data(data, impl="threefry2x32"), keys)
     return CohortChunk(typed, *others)

@@ -3,7 +3,7 @@
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ class RoundInput(NamedTuple):
     """A round that has been charged.
 
     Attributes:
-        index: the round, from 0.
+        round_index: the round, from 0.
         clients: who takes part.
         left: clients whose budget this round would have exceeded.
         charged: client -> rounds charged, this one included.
@@ -59,7 +59,7 @@ class RoundInput(NamedTuple):
         chunks: prepared as they are asked for.
     """
 
-    index: int
+    round_index: int
     clients: tuple[str, ...]
     left: tuple[str, ...]
     charged: dict[str, int]
@@ -121,7 +121,7 @@ class RoundMaker:
         # Clients with most work first: those of one chunk run side by side and wait for each other.
         active.sort(key=lambda site: -site.mechanism.expected_batch_size)
         return RoundInput(
-            index=index,
+            round_index=index,
             clients=tuple(names),
             left=tuple(left),
             charged=self.charges.counts(),
@@ -180,7 +180,7 @@ def client_constants(mechanism: Mechanism, weight: float) -> ClientConstants:
 
 def ahead(
     make: Callable[[int], RoundInput | None], first: int, last: int, *, depth: int = 2
-) -> Iterator[RoundInput]:
+) -> Generator[RoundInput, None, None]:
     """Rounds `first` .. `last - 1`; charges and chunks are made on a thread, up to `depth` ahead.
 
     A round that was charged ahead and then not run stays charged; running it later in the same

@@ -180,7 +180,10 @@ class Conv(nn.Module):
         )
         if self.standardize:
             conv = nn.map_variables(  # type: ignore[assignment]
-                _Standardized, "params", trans_in_fn=_standardize_kernels, init=self.is_initializing()
+                _Standardized,
+                "params",
+                trans_in_fn=_standardize_kernels,
+                init=self.is_initializing(),
             )(conv)
         return conv(x)
 
@@ -224,7 +227,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         """Normalises images [N, H, W, C]; same shape and dtype."""
-        n, height, width, channels = x.shape
+        n, channels = x.shape[0], x.shape[3]
         if channels % self.num_groups:
             raise ValueError(
                 f"Expected channels divisible by num_groups, got {channels=} and "

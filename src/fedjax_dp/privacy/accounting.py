@@ -35,7 +35,7 @@ ACCOUNTANT = f"PLD, dp-accounting {importlib.metadata.version('dp-accounting')}"
 
 _COARSE_GRID = 1e-2
 _MAX_CELLS = 400_000
-_MAX_MIXTURE_CELLS = 20_000  # a cell of a mixture of Gaussians costs 25 us, a bisection each
+_MAX_MIXTURE_CELLS = 40_000  # a cell of a mixture of Gaussians costs 25 us, a bisection each
 _NEGLIGIBLE = 1e-290  # below it scipy's tail ratios underflow; a composition itself adds 1e-15
 # Below order 2 the fractional series fails to converge at large sampling probabilities.
 _RDP_ORDERS = (*np.arange(2, 11, 0.1), *range(11, 64), 128, 256, 512, 1024)

@@ -18,9 +18,9 @@ Relation = Literal["zero_out", "add_or_remove_one", "replace_one"]
 
 
 class UnitSums(NamedTuple):
-    """Un-noised sums over the real units of a step; divide by `count` for means."""
+    """Un-noised sums over the real units of a step; divide by `units` for means."""
 
-    count: Float[Array, ""]
+    units: Float[Array, ""]
     loss: Float[Array, ""]
     norm: Float[Array, ""]
     clipped: Float[Array, ""]
@@ -197,7 +197,7 @@ def _sums(loss: Array, norm: Array, clipped: Array, finite: Array, is_real: Arra
         return jnp.sum(jnp.where(where, values.astype(jnp.float32), 0.0))
 
     return UnitSums(
-        count=total(jnp.ones_like(loss), is_real),
+        units=total(jnp.ones_like(loss), is_real),
         loss=total(loss, is_real & finite),
         norm=total(norm, is_real & finite),
         clipped=total(clipped, is_real & finite),

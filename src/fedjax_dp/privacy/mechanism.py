@@ -337,6 +337,7 @@ def make_mechanisms(
     mechanisms: dict[str, Mechanism] = {}
     warnings: list[str] = []
     for client, n in num_units.items():
+        n = int(n)  # a NumPy integer would not go through JSON
         if n < 1:
             raise ValueError(f"Expected units at {client=}, got {n}. Leave it out of training.")
         if expected_batch_size > n:
@@ -427,19 +428,20 @@ def _dp_sgd_guarantees(m: Mechanism) -> tuple[Guarantee, ...]:
             assumptions=(sampled, f"a {m.unit} shares no pixels with another"),
         )
     ]
-    if m.unit == "patient":
+    if m.unit != "tile":
         rows.append(
             Guarantee(
-                name="tile_of_patient",
+                name=f"tile_of_{m.unit}",
                 adversary=SERVER_ADVERSARY,
                 unit="tile",
-                relation="zero_out or replacement of one tile of a patient",
+                relation=f"zero_out or replacement of one tile of a {m.unit}",
                 sensitivity=2 * m.l2_clip_norm,
                 event=_repeat(step, m.local_steps),
                 accountant_relation="replace_one",
                 assumptions=(sampled,),
             )
         )
+    if m.unit == "patient":
         return tuple(rows)
     event, reason = None, _no_conversion(m)
     k = min(m.max_units_per_patient or 0, m.num_units)

@@ -59,7 +59,7 @@ def add_noise(key: PRNGKey, tree: Params, noise_stddev: Any) -> Params:
         leaf.astype(jnp.float32) + noise_stddev * draws[end - leaf.size : end].reshape(leaf.shape)
         for leaf, end in zip(leaves, ends, strict=True)
     ]
-    return treedef.unflatten(noised)
+    return jax.tree.unflatten(treedef, noised)
 
 
 def _check(key: Any) -> None:

@@ -1,0 +1,291 @@
+"""From a manifest to tiles with owners, and the units of privacy that the data can honour."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedjax_dp.data.federation import (
+    Federation,
+    check_unit,
+    effective_splits,
+    federation_from_manifest,
+    fingerprint,
+    largest_known_unit,
+    unit_index,
+)
+from fedjax_dp.data.manifest import ManifestError, read_manifest
+from fedjax_dp.data.splits import split_of
+from fedjax_dp.data.tiles import IGNORE_INDEX
+
+ROWS = [  # image, site, patient, split
+    ("a0", "a", "p0", "train"),
+    ("b0", "b", "", "train"),
+    ("a1", "a", "p1", "train"),
+    ("a2", "a", "p0", "train"),
+    ("b1", "b", "", "train"),
+    ("a3", "a", "p2", "validation"),
+    ("b2", "b", "", "test"),
+    ("c0", "c", "q0", "external"),
+    ("d0", "d", "r0", "external"),
+    ("d1", "d", "r1", "excluded"),
+]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a manifest of `rows` with images of 40 x 24 pixels; returns its path."""
+
+    def write(rows=ROWS, *, with_split=True, name="m.csv"):
+        lines = ["image,mask,site,patient" + ",split" * with_split]
+        for image, site, patient, split in rows:
+            path = tmp_path / f"{image}.png"
+            if not path.exists():
+                rng = np.random.default_rng(list(image.encode()))
+                Image.fromarray(rng.integers(0, 256, (24, 40, 3), np.uint8)).save(path)
+                mask = rng.integers(0, 2, (24, 40), np.uint8)
+                Image.fromarray(mask).save(tmp_path / f"{image}_mask.png")
+            lines.append(
+                f"{image}.png,{image}_mask.png,{site},{patient}" + f",{split}" * with_split
+            )
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return tmp_path / name
+
+    return write
+
+
+def _counts(federation: Federation):
+    names = ("train", "validation", "test", "external")
+    return {name: sorted(getattr(federation, name).slides) for name in names}
+
+
+def test_the_manifests_own_split_and_owners(write):
+    federation = federation_from_manifest(write(), tile_size=16)
+    table = federation.train
+    assert table.sites == ("a", "b")
+    assert table.slides == ("a0.png", "b0.png", "a1.png", "a2.png", "b1.png")
+    assert table.patients == ("p0", "p1")
+    assert len(table) == 5 * 6  # 24 x 40 in tiles of 16: 2 x 3
+    assert table.patient.tolist() == [0] * 6 + [-1] * 6 + [1] * 6 + [0] * 6 + [-1] * 6
+    assert federation.validation.slides == ("a3.png",)
+    assert federation.test.slides == ("b2.png",)
+    assert federation.external.slides == ("c0.png", "d0.png")
+    assert federation.class_names == ("background", "nucleus")
+    assert not federation.tiles_overlap
+    assert not federation.is_public
+
+
+def test_tiles_hold_the_images_pixels_once(write, tmp_path):
+    federation = federation_from_manifest(write(), tile_size=16)
+    mask = np.asarray(Image.open(tmp_path / "b2_mask.png"))
+    labels = federation.test.labels
+    assert (labels != IGNORE_INDEX).sum() == mask.size
+    assert (labels == 1).sum() == mask.sum()
+    image = np.asarray(Image.open(tmp_path / "b2.png"))
+    np.testing.assert_array_equal(federation.test.images[1], image[:16, 16:32])
+
+
+def test_stride_overlaps_training_tiles_only(write):
+    federation = federation_from_manifest(write(), tile_size=16, stride=8)
+    assert federation.tiles_overlap
+    assert len(federation.train) == 5 * 2 * 4
+    assert len(federation.test) == 6
+
+
+def test_tissue_thins_training_only_and_never_what_is_annotated(write, tmp_path):
+    path = write()
+    Image.fromarray(np.full((24, 40, 3), 250, np.uint8)).save(tmp_path / "a0.png")
+    Image.fromarray(np.full((24, 40, 3), 251, np.uint8)).save(tmp_path / "b2.png")
+    empty = np.zeros((24, 40), np.uint8)
+    empty[0, 0] = 1
+    for name in ("a0", "b2"):
+        Image.fromarray(empty).save(tmp_path / f"{name}_mask.png")
+    federation = federation_from_manifest(path, tile_size=16, min_tissue=0.5)
+    slide = federation.train.slides.index("a0.png")
+    assert (federation.train.slide == slide).sum() == 1
+    assert len(federation.test) == 6
+
+
+def test_a_site_without_any_tissue_is_named(write, tmp_path):
+    path = write()
+    for i, name in enumerate(("b0", "b1")):
+        Image.fromarray(np.full((24, 40, 3), 250 + i, np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.zeros((24, 40), np.uint8)).save(tmp_path / f"{name}_mask.png")
+    with pytest.raises(ManifestError, match=r"no training tile at b\."):
+        federation_from_manifest(path, tile_size=16, min_tissue=0.5)
+
+
+def test_without_split_the_keyed_hash_decides(write):
+    rows = [(f"x{i}", "ab"[i % 2], f"p{i // 2 * 2 + i % 2}", "") for i in range(24)]
+    path = write(rows, with_split=False)
+    tables = _counts(federation_from_manifest(path, tile_size=16))
+    for image, _, patient, _ in rows:
+        assert f"{image}.png" in tables[split_of(patient=patient, image="")]
+    other = _counts(federation_from_manifest(path, tile_size=16, split_key=b"k2"))
+    assert other != tables
+    fewer = _counts(
+        federation_from_manifest(write(rows[1:], with_split=False, name="n.csv"), tile_size=16)
+    )
+    for name, slides in tables.items():
+        assert fewer[name] == [slide for slide in slides if slide != "x0.png"]
+
+
+def test_sites_by_name_override_the_split(write):
+    manifest = read_manifest(write())
+    names = [row.image[:2] for row in manifest.rows]
+
+    def splits(**arguments):
+        found = effective_splits(manifest, **arguments)
+        return {n: s for n, s in zip(names, found, strict=True) if s}
+
+    own = {row[0]: row[3] for row in ROWS}
+    assert splits() == own
+    only_a = splits(train_sites=("a",))
+    assert only_a == {n: s for n, s in own.items() if n[0] != "b"}
+    only_c = splits(external_sites=("c",))
+    assert only_c == {n: s for n, s in own.items() if n != "d0"}
+    b_outside = splits(external_sites=("b",))
+    assert {n: s for n, s in b_outside.items() if s == "external"} == dict.fromkeys(
+        ("b0", "b1", "b2"), "external"
+    )
+    c_trains = splits(train_sites=("a", "c"), external_sites=("b",))
+    assert c_trains["c0"] == split_of(patient="q0", image="c0.png")
+    assert c_trains["d1"] == "excluded"
+    assert "d0" not in c_trains
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"train_sites": ("a", "z")}, "a, b, c, d; got unknown z"),
+        ({"external_sites": ("y",)}, "external_sites"),
+        ({"train_sites": ("a",), "external_sites": ("a",)}, "both"),
+        ({"train_sites": "a"}, "string"),
+        ({"stride": 17}, "stride"),
+        ({"stride": 0}, "stride"),
+        ({"min_tissue": -0.1}, "min_tissue"),
+        ({"split_key": b""}, "split_key"),
+        ({"label_mode": "other"}, "label_mode"),
+    ],
+)
+def test_bad_arguments(write, arguments, says):
+    path = write(with_split="split_key" not in arguments)
+    with pytest.raises(ValueError, match=says):
+        federation_from_manifest(path, **{"tile_size": 16, **arguments})
+
+
+def test_a_site_that_is_excluded_cannot_be_asked_for(write):
+    rows = [*ROWS[:-1], ("e0", "e", "", "excluded")]
+    with pytest.raises(ValueError, match="excluded"):
+        federation_from_manifest(write(rows), tile_size=16, external_sites=("e",))
+
+
+def test_all_errors_are_raised_together(write, tmp_path):
+    path = write()
+    (tmp_path / "a0.png").unlink()
+    (tmp_path / "b2_mask.png").write_bytes(b"")
+    with pytest.raises(ManifestError) as caught:
+        federation_from_manifest(path, tile_size=16)
+    assert [f.rows for f in caught.value.findings] == [(2,), (8,)]
+    assert "row 2" in str(caught.value)
+    assert "row 8" in str(caught.value)
+    assert "2 errors" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_units_partition_the_tiles_of_a_site(write):
+    table = federation_from_manifest(write(), tile_size=16).train
+    for site, expected in (("a", {"tile": 18, "slide": 3, "patient": 2}), ("b", {"slide": 2})):
+        for unit, count in expected.items():
+            index = unit_index(table, site, unit)
+            assert len(index) == count
+            tiles = np.concatenate(index.tiles)
+            assert tiles.dtype == np.int32
+            np.testing.assert_array_equal(np.sort(tiles), table.of_site(site))
+    patients = unit_index(table, "a", "patient").tiles
+    assert [len(tiles) for tiles in patients] == [12, 6]
+    for tiles in patients:
+        assert len(set(table.patient[tiles])) == 1
+    assert len(unit_index(table, "nowhere", "tile")) == 0
+    assert len(unit_index(table, "nowhere", "patient")) == 0
+
+
+def test_unknown_patients_are_no_unit(write):
+    federation = federation_from_manifest(write(), tile_size=16)
+    assert largest_known_unit(federation.train) == "slide"
+    with pytest.raises(ValueError, match="at b"):
+        unit_index(federation.train, "b", "patient")
+    with pytest.raises(ValueError, match=r"at b\. .*unit='slide'"):
+        check_unit(federation, "patient")
+    check_unit(federation, "slide")
+    check_unit(federation, "tile")
+    known = federation_from_manifest(write(), tile_size=16, train_sites=("a",))
+    assert largest_known_unit(known.train) == "patient"
+    check_unit(known, "patient")
+
+
+def test_every_site_with_unknown_patients_is_named(write):
+    rows = [*ROWS, ("e0", "e", "", "train"), ("e1", "e", "s", "train")]
+    federation = federation_from_manifest(write(rows), tile_size=16)
+    with pytest.raises(ValueError, match="at b, e"):
+        check_unit(federation, "patient")
+
+
+def test_overlapping_tiles_are_no_unit(write):
+    federation = federation_from_manifest(write(), tile_size=16, stride=8)
+    with pytest.raises(ValueError, match="stride"):
+        check_unit(federation, "tile")
+    check_unit(federation, "slide")
+
+
+@pytest.mark.parametrize("unit", ["client", "", "Tile"])
+def test_other_units_are_refused(write, unit):
+    federation = federation_from_manifest(write(), tile_size=16)
+    with pytest.raises(ValueError, match="unit"):
+        check_unit(federation, unit)
+    with pytest.raises(ValueError, match="unit"):
+        unit_index(federation.train, "a", unit)
+
+
+def test_fingerprint_knows_training_data_and_owners_only(write):
+    federation = federation_from_manifest(write(), tile_size=16)
+    same = fingerprint(federation_from_manifest(write(), tile_size=16))
+    assert fingerprint(federation) == same
+    table = federation.train
+    changes = {}
+    for name in ("images", "labels", "site", "slide", "patient"):
+        values = getattr(table, name).copy()
+        values.flat[0] ^= 1
+        changes[name] = dataclasses.replace(table, **{name: values})
+    changes["sites"] = dataclasses.replace(table, sites=("a", "c"))
+    changes["patients"] = dataclasses.replace(table, patients=("p", "0p1"))
+    prints = {
+        name: fingerprint(dataclasses.replace(federation, train=changed))
+        for name, changed in changes.items()
+    }
+    assert len({*prints.values(), same}) == len(prints) + 1
+    elsewhere = dataclasses.replace(federation, test=federation.validation, name="other")
+    assert fingerprint(elsewhere) == same
+
+
+def test_the_real_federation(real_data):
+    """No error in it; images as its description counts them; every evaluation pixel once."""
+    path = real_data / "federation/manifest.csv"
+    federation = federation_from_manifest(path)
+    train = federation.train
+    assert {site: len(unit_index(train, site, "slide")) for site in train.sites} == {
+        "uhcw": 19, "curie": 21, "emory": 25, "tcga-g9": 3, "tcga-b0": 3, "tcga-he": 3,
+    }  # fmt: skip
+    sizes = {"validation": 16, "test": 21, "external": 40}
+    assert {name: len(getattr(federation, name).slides) for name in sizes} == sizes
+    pixels = {  # 1000 x 1000 for uhcw and MoNuSeg, else 512 x 512
+        "validation": (3 + 1) * 1000**2 + (8 + 4) * 512**2,
+        "test": (5 + 1) * 1000**2 + (8 + 7) * 512**2,
+        "external": 16 * 1000**2 + 24 * 512**2,
+    }
+    for name, count in pixels.items():
+        assert (getattr(federation, name).labels != IGNORE_INDEX).sum() == count
+    with pytest.raises(ValueError, match="emory, uhcw"):
+        check_unit(federation, "patient")
+    assert len(unit_index(train, "curie", "patient")) > 1

@@ -1,0 +1,239 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from dp_accounting import dp_event, gaussian_mechanism
+from dp_accounting.pld import PLDAccountant
+from scipy import stats
+
+from fedjax_dp.privacy import accounting
+
+DELTA = 1e-5
+
+
+def gaussian(z):
+    return dp_event.GaussianDpEvent(z)
+
+
+def poisson(q, z):
+    return dp_event.PoissonSampledDpEvent(q, gaussian(z))
+
+
+def truncated(n, q, capacity, z):
+    return dp_event.TruncatedSubsampledGaussianDpEvent(n, q, capacity, z)
+
+
+def group(k, q, z):
+    numbers = np.arange(k + 1)
+    probs = stats.binom.pmf(numbers, k, q)
+    return dp_event.MixtureOfGaussiansDpEvent(
+        z, tuple(map(float, numbers)), tuple(map(float, probs))
+    )
+
+
+def test_goldens_of_the_sampled_gaussian():
+    event = poisson(0.01, 1.0)
+    for relation in ("zero_out", "add_or_remove"):
+        fine = accounting.epsilon(event, 1000, DELTA, relation, grid=1e-4)
+        assert fine == pytest.approx(1.8282, abs=1e-4)
+    assert accounting.epsilon(event, 1, DELTA) == pytest.approx(0.199, abs=1e-3)
+    assert accounting.rdp_epsilon(event, 1000, DELTA) == pytest.approx(2.1014, abs=1e-4)
+    assert accounting.rdp_epsilon(event, 1, DELTA) == pytest.approx(0.956, abs=1e-3)
+    assert accounting.epsilon(event, 1000, DELTA, "replace_one") == pytest.approx(2.843, abs=2e-3)
+    assert accounting.rdp_epsilon(event, 1000, DELTA, "replace_one") is None
+
+
+def test_the_default_grid_is_looser_and_by_little():
+    event = poisson(0.01, 1.0)
+    coarse, fine = (accounting.epsilon(event, 1000, DELTA, grid=g) for g in (1e-3, 1e-4))
+    assert fine < coarse < 1.0005 * fine
+
+
+def test_golden_of_the_gaussian_is_exact():
+    assert accounting.epsilon(gaussian(10.0), 100, DELTA) == pytest.approx(4.377178, abs=1e-6)
+    assert accounting.delta_for(gaussian(10.0), 100, 4.377178) == pytest.approx(DELTA, rel=1e-5)
+    twice_as_far = accounting.epsilon(gaussian(20.0), 100, DELTA, "replace_one")
+    assert twice_as_far == pytest.approx(4.377178, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "golden", "digits"), [(100, 10.8, 0.05), (120, 5.3, 0.05), (150, 1.831, 1e-3)]
+)
+def test_goldens_of_truncation(capacity, golden, digits):
+    event = truncated(10_000, 0.01, capacity, 1.0)
+    assert accounting.epsilon(event, 1000, DELTA) == pytest.approx(golden, abs=digits)
+
+
+@pytest.mark.slow
+def test_golden_of_truncation_at_130():
+    assert accounting.epsilon(truncated(10_000, 0.01, 130, 1.0), 1000, DELTA) == pytest.approx(
+        3.7, abs=0.05
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("k", "golden"), [(2, 3.98), (5, 11.6), (10, 27.9), (100, 913)])
+def test_goldens_of_a_patient_of_k_tiles(k, golden):
+    assert accounting.epsilon(group(k, 0.01, 1.0), 1000, DELTA) == pytest.approx(golden, rel=1e-2)
+
+
+def test_a_group_of_one_is_the_sampled_gaussian():
+    ours = accounting.epsilon(group(1, 0.01, 1.0), 1000, DELTA)
+    assert ours == pytest.approx(accounting.epsilon(poisson(0.01, 1.0), 1000, DELTA), rel=5e-3)
+
+
+EVENTS = [
+    gaussian(3.0),
+    poisson(0.1, 1.5),
+    truncated(100, 0.1, 14, 1.5),
+    accounting.MixtureDpEvent((poisson(0.1, 1.5), gaussian(1.5)), (0.9, 0.1)),
+    dp_event.ComposedDpEvent((gaussian(9.0), poisson(0.1, 1.5))),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_steps_inside_an_event_are_rounds_outside(event):
+    inside = accounting.epsilon(dp_event.SelfComposedDpEvent(event, 5), 4, DELTA)
+    assert inside == accounting.epsilon(event, 20, DELTA)
+
+
+@pytest.mark.parametrize("event", EVENTS[1:3], ids=lambda event: type(event).__name__)
+def test_one_shot_is_incremental(event):
+    """The cached base composed t times is what an accountant fed round by round says."""
+    one_by_one = PLDAccountant(accounting._RELATIONS["zero_out"], accounting.DEFAULT_GRID)
+    for rounds in range(1, 6):
+        one_by_one.compose(event)
+        ours = accounting.epsilon(event, rounds, DELTA)
+        assert ours == pytest.approx(one_by_one.get_epsilon(DELTA), rel=1e-6)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_events_survive_json(event):
+    nested = dp_event.SelfComposedDpEvent(event, 3)
+    assert accounting.event_from_json(json.loads(json.dumps(accounting.event_to_json(nested)))) == (
+        nested
+    )
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_delta_for_inverts_epsilon(event):
+    (pair,) = accounting.epsilon_curve(event, 10, [1e-6])
+    assert pair == (1e-6, accounting.epsilon(event, 10, 1e-6))
+    assert accounting.delta_for(event, 10, pair[1]) == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_capacity_of_everything_is_no_truncation():
+    assert accounting.epsilon(truncated(50, 0.1, 50, 1.0), 9, DELTA) == (
+        accounting.epsilon(poisson(0.1, 1.0), 9, DELTA)
+    )
+    assert accounting.epsilon(truncated(50, 1.0, 50, 2.0), 9, DELTA) == (
+        accounting.epsilon(gaussian(2.0), 9, DELTA)
+    )
+
+
+@pytest.mark.parametrize("capacity", [20, 60, 120, 150, 199])
+def test_every_capacity_can_be_accounted_and_costs(capacity):
+    free = accounting.epsilon(poisson(0.05, 1.0), 10, DELTA)
+    assert accounting.epsilon(truncated(200, 0.05, capacity, 1.0), 10, DELTA) >= free * (1 - 1e-9)
+
+
+def test_a_mixture_lies_between_its_events():
+    low, high = poisson(0.1, 1.5), gaussian(1.5)
+    values = [
+        accounting.epsilon(accounting.MixtureDpEvent((low, high), (1 - b, b)), 10, DELTA)
+        for b in (0.0, 1e-9, 0.1, 0.5, 1.0)
+    ]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(accounting.epsilon(low, 10, DELTA), rel=1e-6)
+    assert values[-1] == pytest.approx(accounting.epsilon(high, 10, DELTA), rel=1e-3)
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything():
+    assert accounting.epsilon(poisson(0.1, 1.0), 0, DELTA) == 0
+    assert accounting.epsilon(dp_event.NoOpDpEvent(), 5, DELTA) == 0
+    assert accounting.delta_for(poisson(0.1, 1.0), 0, 1.0) == 0
+    for event in (dp_event.NonPrivateDpEvent(), gaussian(0.0), poisson(0.1, 0.0)):
+        assert accounting.epsilon(event, 1, DELTA) == math.inf
+        assert accounting.rdp_epsilon(event, 1, DELTA) == math.inf
+        assert accounting.delta_for(event, 1, 1.0) == 1
+
+
+@pytest.mark.parametrize("z", [0.05, 0.02])
+def test_tiny_noise_is_bounded_in_work_and_still_an_upper_bound(z):
+    exact = accounting.epsilon(gaussian(z), 3, DELTA)
+    nearly = accounting.epsilon(poisson(1 - 1e-9, z), 3, DELTA)
+    assert exact * (1 - 1e-6) <= nearly < 1.01 * exact
+
+
+@pytest.mark.parametrize("event", [gaussian(10.0), truncated(300, 0.1, 60, 2.0)])
+@pytest.mark.parametrize("rounds", [1, 7, 64])
+def test_max_rounds_is_exact_at_the_edge(event, rounds):
+    budget = accounting.epsilon(event, rounds, DELTA)
+    assert accounting.max_rounds(event, budget, DELTA) == rounds
+    assert accounting.max_rounds(event, budget * (1 - 1e-6), DELTA) == rounds - 1
+    assert accounting.epsilon(event, rounds + 1, DELTA) > budget
+
+
+def test_max_rounds_of_the_limits():
+    assert accounting.max_rounds(dp_event.NonPrivateDpEvent(), 8.0, DELTA) == 0
+    assert accounting.max_rounds(dp_event.NoOpDpEvent(), 8.0, DELTA, limit=77) == 77
+    assert accounting.max_rounds(gaussian(1e4), 8.0, DELTA, limit=100) == 100
+
+
+@pytest.mark.parametrize(
+    "make_event",
+    [gaussian, lambda z: poisson(0.05, z), lambda z: truncated(400, 0.1, 72, z)],
+    ids=["gaussian", "poisson", "truncated"],
+)
+@pytest.mark.parametrize("target", [0.5, 8.0])
+def test_calibration_meets_the_target_from_above(make_event, target):
+    z = accounting.calibrate_noise_multiplier(make_event, 50, target, DELTA)
+    assert accounting.epsilon(make_event(z), 50, DELTA) <= target
+    assert accounting.epsilon(make_event(z * (1 - 2e-4)), 50, DELTA) > target
+
+
+def test_calibration_of_the_gaussian_is_the_analytic_one():
+    exact = gaussian_mechanism.get_sigma_gaussian(3.0, DELTA)
+    z = accounting.calibrate_noise_multiplier(gaussian, 1, 3.0, DELTA)
+    assert exact <= z <= exact * (1 + 1.1e-4)
+
+
+def test_calibrations_are_kept_and_verified(tmp_path, monkeypatch):
+    def calibrate():
+        return accounting.calibrate_noise_multiplier(gaussian, 9, 3.0, DELTA, cache_dir=tmp_path)
+
+    z = calibrate()
+    (file,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(accounting, "_bracket", None)
+        assert calibrate() == z
+    file.write_text(json.dumps(z / 2))
+    assert calibrate() == z
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: accounting.epsilon(gaussian(1.0), 1, 0.0), "delta"),
+        (lambda: accounting.epsilon(gaussian(1.0), 1, float("nan")), "delta"),
+        (lambda: accounting.epsilon(gaussian(1.0), -1, DELTA), "count"),
+        (lambda: accounting.epsilon(gaussian(1.0), 1, DELTA, "replace"), "relation"),
+        (lambda: accounting.epsilon(dp_event.LaplaceDpEvent(1.0), 1, DELTA), "No accounting"),
+        (lambda: accounting.epsilon(group(2, 0.1, 1.0), 1, DELTA, "replace_one"), "No accounting"),
+        (lambda: accounting.delta_for(gaussian(1.0), 1, -1.0), "target_epsilon"),
+        (lambda: accounting.max_rounds(gaussian(1.0), float("nan"), DELTA), "target_epsilon"),
+        (lambda: accounting.calibrate_noise_multiplier(gaussian, 0, 1.0, DELTA), "count"),
+        (lambda: accounting.calibrate_noise_multiplier(gaussian, 1, 0.0, DELTA), "target_epsilon"),
+        (
+            lambda: accounting.calibrate_noise_multiplier(
+                lambda z: dp_event.NonPrivateDpEvent(), 1, 1.0, DELTA
+            ),
+            "No noise multiplier",
+        ),
+        (lambda: accounting.event_from_json({"kind": "attr"}), "Unknown"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
