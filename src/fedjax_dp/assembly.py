@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from fedjax_dp.checkpoint import load_params
 from fedjax_dp.config import Config, names
@@ -33,8 +34,12 @@ POOLED = "pooled"
 """Name of the one client of centralised training."""
 
 
-def load_federation(config: Config) -> Federation:
+def load_federation(config: Config, *, progress: bool = False) -> Federation:
     """The federation `config.data` names: a manifest's, or the synthetic one.
+
+    Args:
+        config: the run's.
+        progress: whether to show a bar while tiles are drawn.
 
     Raises:
         ValueError: the manifest is wrong (all findings in one error), or a size does not fit.
@@ -58,15 +63,8 @@ def load_federation(config: Config) -> Federation:
             external_sites=names(data.external_sites),
         )
     else:
-        federation = synthetic_federation(
-            seed=data.synthetic_seed,
-            task=data.synthetic_task,  # type: ignore[arg-type]
-            patients_per_site=data.patients_per_site,
-            tiles_per_patient=data.tiles_per_patient,
-            tile_size=data.tile_size,
-            mpp=data.synthetic_mpp,
-            variation=data.synthetic_variation,  # type: ignore[arg-type]
-        )
+        with tqdm(unit="tile", desc="drawing", disable=not progress, dynamic_ncols=True) as bar:
+            federation = _draw(config, bar)
         chosen = {"train_sites": names(data.train_sites), "external": names(data.external_sites)}
         if any(chosen.values()):
             raise ValueError(
@@ -80,6 +78,24 @@ def load_federation(config: Config) -> Federation:
     if not len(federation.train):
         raise ValueError(f"Expected training tiles in {federation.name}, got none.")
     return federation
+
+
+def _draw(config: Config, bar: Any) -> Federation:
+    def progress(drawn: int, total: int) -> None:
+        bar.total = total
+        bar.update(drawn - bar.n)
+
+    data = config.data
+    return synthetic_federation(
+        seed=data.synthetic_seed,
+        task=data.synthetic_task,  # type: ignore[arg-type]
+        patients_per_site=data.patients_per_site,
+        tiles_per_patient=data.tiles_per_patient,
+        tile_size=data.tile_size,
+        mpp=data.synthetic_mpp,
+        variation=data.synthetic_variation,  # type: ignore[arg-type]
+        progress=progress,
+    )
 
 
 class Sites(NamedTuple):

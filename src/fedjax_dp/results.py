@@ -6,10 +6,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from fedjax_dp.assembly import Sites
-from fedjax_dp.checkpoint import Position
+from fedjax_dp.assembly import Sites, make_device
+from fedjax_dp.checkpoint import Position, load_params
 from fedjax_dp.config import Config
 from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.tiles import IGNORE_INDEX, TileTable
@@ -120,6 +121,28 @@ def comparison_row(name: str, summary: Mapping[str, Any]) -> ComparisonRow:
         tile_epsilon=of_unit.get("tile", of_unit.get("slide", patient)),
         patient_epsilon=patient,
     )
+
+
+def constant_row(name: str, scores: Mapping[str, Any]) -> ComparisonRow:
+    """The row of a predictor that ignores the image, and so the training data."""
+    metrics = {metric: scores[metric] for metric in ("dice", "jaccard", "accuracy")}
+    return ComparisonRow(name=name, **metrics, tile_epsilon=0.0, patient_epsilon=0.0)
+
+
+def predict(
+    config: Config, federation: Federation, folder: pathlib.Path, images: np.ndarray
+) -> np.ndarray:
+    """Label maps uint8 [N, H, W] of images uint8 [N, H, W, 3] by the run saved in `folder`."""
+    device = make_device(config, federation, jax.random.key(0))
+    params = load_params(folder / "checkpoints", device.state.params)
+    evaluator = Evaluator(
+        device.apply,
+        params,
+        tile_size=images.shape[1],
+        batch_size=config.execution.eval_batch_size,
+        mesh=device.mesh,
+    )
+    return evaluator.predictions(params, images)
 
 
 def privacy_statement(

@@ -87,7 +87,7 @@ def run(
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
         say("Reading or drawing the tiles ...")
-        federation = assembly.load_federation(config)
+        federation = assembly.load_federation(config, progress=progress)
     data_fingerprint = fingerprint(federation)
     workdir.claim(folder, experiment, config, data_fingerprint)
     secrets_path = folder / "secrets"

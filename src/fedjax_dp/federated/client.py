@@ -101,9 +101,15 @@ def client_update(
         plan: ClientPlan,
         pool: TilePool,
     ) -> tuple[Params, Any, ClientInfo]:
+        pool = jax.tree.map(jnp.asarray, pool)
+
         def unit_loss(params: Params, unit: UnitTiles, key: Any) -> Any:
-            tile_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, unit.tile_index)
-            images, labels = pool.images[unit.tile_index], pool.labels[unit.tile_index]
+            # Padding repeats the unit's own first tile: index 0 of the pool is somebody else's, and
+            # where it gives NaN, masking it out would leave 0 x NaN in this unit's gradient.
+            is_padding = jnp.arange(unit.tile_index.shape[0]) >= unit.num_tiles
+            tile_index = jnp.where(is_padding, unit.tile_index[0], unit.tile_index)
+            tile_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, tile_index)
+            images, labels = pool.images[tile_index], pool.labels[tile_index]
             return loss_fn(params, images, labels, unit.num_tiles, tile_keys)
 
         make = clipping.clipped_grad if placement == "dp_sgd" else clipping.summed_grad

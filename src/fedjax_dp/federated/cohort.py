@@ -73,7 +73,7 @@ def visit_clients(
 
     Returns:
         `visit(acc, params, chunk, pool) -> (acc, client_state, info)`, where the chunk holds
-        `mesh.size * clients_per_block` clients.
+        `mesh.size * clients_per_block` clients, and any other number is a ValueError.
     """
     if clients_per_block < 1:
         raise ValueError(f"Expected execution.clients_per_block >= 1, got {clients_per_block}.")
@@ -110,6 +110,12 @@ def visit_clients(
     )
 
     def visit(acc: Any, params: Params, chunk: CohortChunk, pool: TilePool) -> Any:
+        slots, expected = chunk.constants.weight.shape[0], mesh.size * clients_per_block
+        if slots != expected:  # clients beyond a block would be left out, silently
+            raise ValueError(
+                f"Expected a chunk of devices x clients_per_block = {expected} slots, got {slots}. "
+                "Pass None to stack_chunk for slots without a client."
+            )
         accs, client_state, info = per_device(params, chunk, pool)
         for index in range(mesh.size):
             acc = aggregator.merge(acc, jax.tree.map(lambda leaf, i=index: leaf[i], accs))

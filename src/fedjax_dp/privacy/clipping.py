@@ -1,7 +1,7 @@
 """Per-unit clipping: the sum of unit gradients of which each weighs at most one."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ class ClippedGrad:
 
     def sensitivity(self, relation: Relation = "zero_out") -> float:
         """L2 distance of the sums of two neighbouring data sets, in units of the clip norm."""
+        if relation not in get_args(Relation):
+            raise ValueError(f"Expected relation in {get_args(Relation)}, got {relation!r}.")
         return 2.0 if relation == "replace_one" else 1.0
 
 
@@ -153,8 +155,12 @@ def clipped_grad(
         loss, norm, clipped, gradients = jax.vmap(unit, (None, 0, 0, None))(
             params, units, keys, clip
         )
+        # In full precision: an accelerator's fast products round a unit's weight above one.
         total = jax.tree.map(
-            lambda leaf: jnp.tensordot(is_real.astype(leaf.dtype), leaf, 1), gradients
+            lambda leaf: jnp.tensordot(
+                is_real.astype(leaf.dtype), leaf, 1, precision=lax.Precision.HIGHEST
+            ),
+            gradients,
         )
         return total, _sums(loss, norm, clipped, jnp.isfinite(norm), is_real)
 
@@ -186,6 +192,7 @@ def summed_grad(
             return jnp.sum(jnp.where(is_real, losses, 0.0)), losses
 
         gradient, losses = jax.grad(total_loss, has_aux=True)(params)
+        gradient = jax.tree.map(lambda leaf: jnp.where(is_real.any(), leaf, 0.0), gradient)
         zero = jnp.zeros_like(losses)
         return gradient, _sums(losses, zero, zero, jnp.isfinite(losses), is_real)
 
@@ -217,18 +224,16 @@ def _in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Su
     ) -> tuple[Params, UnitAux]:
         slots = keys.shape[0]
         size = min(microbatch_size, slots)
-        blocks = -(-slots // size)
-        padding = blocks * size - slots
-        if padding:  # The last block must be whole: repeat slot 0, which `is_real` masks out.
-            spare = jnp.concatenate([jnp.arange(slots), jnp.zeros(padding, jnp.int32)])
-            units, keys = jax.tree.map(lambda leaf: leaf[spare], (units, keys))
+        num_units = jnp.minimum(num_units, slots)
+        units = jax.tree.map(jnp.asarray, units)
 
         def visit(index: Any, carry: Any) -> Any:
-            start = index * size
-            some, some_keys = jax.tree.map(
-                lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), (units, keys)
-            )
-            is_real = start + jnp.arange(size) < num_units
+            slot = index * size + jnp.arange(size)
+            is_real = slot < num_units
+            # A padded slot repeats slot 0: masked out, its own tile, which may be anybody's, could
+            # still spoil the gradient of a sum, for 0 x NaN is NaN.
+            slot = jnp.where(is_real, slot, 0)
+            some, some_keys = jax.tree.map(lambda leaf: leaf[slot], (units, keys))
             added = block(params, some, some_keys, is_real, l2_clip_norm)
             return jax.tree.map(jnp.add, carry, added)
 
@@ -243,9 +248,8 @@ def _in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Su
         if loop == "drawn":
             total = lax.fori_loop(0, (num_units + size - 1) // size, visit, zero)
         else:
-            total, _ = lax.scan(
-                lambda carry, index: (visit(index, carry), None), zero, jnp.arange(blocks)
-            )
+            blocks = jnp.arange(-(-slots // size))
+            total, _ = lax.scan(lambda carry, index: (visit(index, carry), None), zero, blocks)
         summed, sums = total
         return summed, NonPrivate(sums)
 

@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_dp.models.unet import unet
+from tests.oracles import assert_trees_close, distance, exact_products  # noqa: F401
+
+TINY = {"base_channels": 8, "depth": 1}
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).uniform(size=shape).astype(np.float32)
+
+
+def random_params(init):
+    """Shaped as `init` would; drawn in NumPy, which needs no compilation."""
+    rng = np.random.default_rng(7)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes
+    )
+
+
+def assert_units_are_isolated(apply, params, images):
+    """Logits of tile 0 take nothing from the tiles beside it, neither values nor derivatives."""
+    key = jax.random.key(0)
+    logits = jax.jit(lambda images: apply(params, images, key))
+    others = images.copy()
+    others[1:] = draw(99, *images[1:].shape)
+    np.testing.assert_array_equal(logits(images)[0], logits(others)[0])
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(apply(params, x, key)[0]))))(images)
+    assert np.abs(gradient[0]).max() > 0
+    np.testing.assert_array_equal(gradient[1:], 0.0)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_tile_does_not_see_the_other_tiles_of_its_batch(standardize):
+    init, apply = unet(2, **TINY, standardize=standardize, conv_variant="matmul")
+    assert_units_are_isolated(apply, random_params(init), draw(0, 3, 16, 16, 3))
+
+
+def test_the_isolation_test_has_power():
+    init, apply = unet(2, **TINY)
+
+    def batch_normed(params, images, key):
+        return apply(params, images - images.mean(0), key)
+
+    with pytest.raises(AssertionError):
+        assert_units_are_isolated(batch_normed, random_params(init), draw(0, 3, 16, 16, 3))
+
+
+def test_initial_parameters_are_a_function_of_the_key():
+    init, _ = unet(2, **TINY)
+    params = init(jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert distance(params, init(jax.random.key(0))) == 0.0
+    assert distance(params, init(jax.random.key(1))) > 1.0
+
+
+def test_logits_are_float32_of_the_image_size_and_depth_doubles_channels():
+    init, apply = unet(3, base_channels=8, depth=2)
+    params = random_params(init)
+    logits = jax.eval_shape(apply, params, draw(0, 2, 16, 8, 3), jax.random.key(0))
+    assert logits.shape == (2, 16, 8, 3)
+    assert logits.dtype == jnp.float32
+    widths = {leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim == 4}
+    assert widths == {8, 16, 32}
+
+
+def test_conv_variants_are_one_network():
+    images = draw(0, 2, 16, 16, 3)
+    results = []
+    for variant in ("xla", "matmul", "canonical"):
+        init, apply = unet(2, **TINY, conv_variant=variant)
+        params = random_params(init)
+
+        def loss(params, apply=apply):
+            return jnp.sum(jnp.sin(apply(params, images, jax.random.key(0))))
+
+        results.append(jax.jit(jax.grad(loss))(params))
+    assert_trees_close(results[1], results[0], rtol=1e-4)
+    assert_trees_close(results[2], results[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_classes": 1}, {"depth": 0}, {"base_channels": 12}, {"base_channels": 0}],
+)
+def test_numbers_that_make_no_network_are_refused(wrong):
+    settings = {"num_classes": 2, "base_channels": 8} | wrong
+    with pytest.raises(ValueError, match="base_channels a multiple of num_groups"):
+        unet(settings.pop("num_classes"), **settings)
+
+
+def test_a_tile_that_does_not_divide_is_refused():
+    init, apply = unet(2, base_channels=8, depth=2)
+    with pytest.raises(ValueError, match=r"divisible by 2\*\*depth = 4, got 16 x 18"):
+        jax.eval_shape(apply, random_params(init), jnp.zeros((1, 16, 18, 3)), jax.random.key(0))
