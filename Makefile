@@ -20,7 +20,7 @@ interpreter:
 $(STAMP): pyproject.toml | interpreter
 	@echo "Installing into $(VENV), once ..."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[test,lint]"
 	@touch $@
 
 demo: interpreter $(STAMP)

@@ -1,5 +1,7 @@
 """Naive Python-loop twins of the device core, and the smallest problems to compare them on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,11 @@ def assert_trees_close(left, right, rtol=1e-5):
 # --- the loops
 
 
+@functools.cache
+def gradient_of(loss_fn):
+    return jax.jit(jax.grad(loss_fn))
+
+
 def clipped(gradient, clip):
     """One unit's contribution in float64: g * min(1 / norm, 1 / clip); zero if not finite."""
     leaves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
@@ -78,7 +85,7 @@ def clipped(gradient, clip):
 
 def clipped_sum(loss_fn, params, units, keys, num_units, clip):
     """The sum of the clipped gradients of the first `num_units` units, one by one."""
-    grad = jax.jit(jax.grad(loss_fn))
+    grad = gradient_of(loss_fn)
     total = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     for index in range(num_units):
         added = clipped(grad(params, take(units, index), keys[index]), clip)
@@ -100,7 +107,7 @@ def client_update(loss_fn, optimizer, placement, params, keys, constants, plan, 
         images, labels = pool.images[tiles], pool.labels[tiles]
         return gradient(params, images, labels, real, tile_keys)
 
-    gradient = jax.jit(jax.grad(loss_fn))
+    gradient = gradient_of(loss_fn)
     if not constants.is_active:
         return jax.tree.map(jnp.zeros_like, params)
     local, state = params, optimizer.init(params)

@@ -27,6 +27,7 @@ from fedjax_dp.models.layers import default_conv_variant
 from fedjax_dp.models.unet import unet
 from fedjax_dp.optimizers import make_optimizer
 from fedjax_dp.privacy.mechanism import make_mechanisms
+from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.objective import segmentation_loss
 from fedjax_dp.typing import ApplyFn, TilePool
 
@@ -52,16 +53,8 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
             f"{data.tile_size}."
         )
     if data.manifest:
-        federation = federation_from_manifest(
-            data.manifest,
-            tile_size=data.tile_size,
-            stride=data.stride or None,
-            min_tissue=data.min_tissue,
-            label_mode=data.label_mode,
-            class_names=names(data.class_names),
-            train_sites=names(data.train_sites),
-            external_sites=names(data.external_sites),
-        )
+        with busy("Reading and checking the manifest", show=progress):
+            federation = _read(config)
     else:
         with tqdm(unit="tile", desc="drawing", disable=not progress, dynamic_ncols=True) as bar:
             federation = _draw(config, bar)
@@ -78,6 +71,20 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
     if not len(federation.train):
         raise ValueError(f"Expected training tiles in {federation.name}, got none.")
     return federation
+
+
+def _read(config: Config) -> Federation:
+    data = config.data
+    return federation_from_manifest(
+        data.manifest,
+        tile_size=data.tile_size,
+        stride=data.stride or None,
+        min_tissue=data.min_tissue,
+        label_mode=data.label_mode,
+        class_names=names(data.class_names),
+        train_sites=names(data.train_sites),
+        external_sites=names(data.external_sites),
+    )
 
 
 def _draw(config: Config, bar: Any) -> Federation:
@@ -243,6 +250,9 @@ def make_device(config: Config, federation: Federation, init_key: Any) -> Device
     variant = execution.conv_variant
     if variant == "auto":
         variant = default_conv_variant(jax.default_backend())
+    # A loop over single units is fastest on CPU; a GPU wants many at once.
+    on_cpu = jax.default_backend() == "cpu"
+    microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
     model = config.model
     init, apply = unet(
         len(federation.class_names),
@@ -258,7 +268,7 @@ def make_device(config: Config, federation: Federation, init_key: Any) -> Device
             settings.client_optimizer, settings.client_learning_rate, settings.client_momentum
         ),
         placement=config.privacy.placement,  # type: ignore[arg-type]
-        microbatch_size=execution.microbatch_size,
+        microbatch_size=microbatch_size,
     )
     if settings.server_schedule not in ("constant", "cosine"):
         raise ValueError(
@@ -286,7 +296,7 @@ def make_device(config: Config, federation: Federation, init_key: Any) -> Device
         mesh=mesh,
         plan={
             "clients_per_block": execution.clients_per_block,
-            "microbatch_size": execution.microbatch_size,
+            "microbatch_size": microbatch_size,
             "devices": mesh.size,
             "conv_variant": variant,
         },

@@ -161,7 +161,8 @@ class ExecutionConfig:
 
     Attributes:
         clients_per_block: clients mapped together on a device; 1 = one after another.
-        microbatch_size: units computed together; 1 = a loop, large = `vmap` over all.
+        microbatch_size: units computed together; 1 = a loop, large = `vmap` over all; 0 = 1 on
+            CPU and 32 on accelerators.
         devices: devices of the `clients` axis; 0 = all.
         conv_variant: "auto", or a `models.layers.ConvVariant`.
         eval_batch_size: tiles of an evaluation batch.
@@ -169,7 +170,7 @@ class ExecutionConfig:
     """
 
     clients_per_block: int = 1
-    microbatch_size: int = 1
+    microbatch_size: int = 0
     devices: int = 0
     conv_variant: str = "auto"
     eval_batch_size: int = 16

@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from fedjax_dp.evaluation import Evaluator
 from fedjax_dp.privacy.statement import statement
 from fedjax_dp.reporting import pictures
 from fedjax_dp.reporting.log import write_json
+from fedjax_dp.reporting.progress import busy
 from fedjax_dp.reporting.summary import ComparisonRow
 from fedjax_dp.segmentation.metrics import summarise
 from fedjax_dp.workdir import versions
@@ -72,17 +73,18 @@ def finish(
     charged: Mapping[str, int],
     position: Position,
     compile_seconds: float,
-    say: Callable[[str], None],
+    progress: bool,
 ) -> dict[str, Any]:
     """Evaluates on test and external tiles, draws, states and sums up; returns the summary."""
-    say("Evaluating on test and external tiles ...")
-    scores = {
-        split: _scores(evaluator, params, getattr(federation, split), federation.class_names)
-        for split in ("test", "external")
-    }
-    draw_overlays(folder, federation, evaluator, params)
-    draw_curves(folder, lines)
-    stated = privacy_statement(config, federation, sites, charged)
+    with busy("Evaluating on test and external tiles", show=progress):
+        scores = {
+            split: _scores(evaluator, params, getattr(federation, split), federation.class_names)
+            for split in ("test", "external")
+        }
+    with busy("Drawing, and stating what is protected", show=progress):
+        draw_overlays(folder, federation, evaluator, params)
+        draw_curves(folder, lines)
+        stated = privacy_statement(config, federation, sites, charged)
     write_json(folder / "privacy.json", stated)
     seconds = max(position.seconds, 1e-9)
     summary = {

@@ -26,6 +26,7 @@ from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead, client_con
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
 from fedjax_dp.privacy.secrets import Secrets
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
+from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.metrics import summarise
 from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate
 
@@ -86,7 +87,6 @@ def run(
     if config.execution.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
-        say("Reading or drawing the tiles ...")
         federation = assembly.load_federation(config, progress=progress)
     data_fingerprint = fingerprint(federation)
     workdir.claim(folder, experiment, config, data_fingerprint)
@@ -96,8 +96,8 @@ def run(
         if secrets_path.exists():
             secrets_path.unlink()
         return finished
-    say("Calibrating noise and capacity ...")
-    sites = assembly.make_sites(config, federation, cache_dir=str(folder / "calibration"))
+    with busy("Calibrating noise and capacity", show=progress):
+        sites = assembly.make_sites(config, federation, cache_dir=str(folder / "calibration"))
     for line in results.describe(config, federation, sites):
         say(line)
     with contextlib.ExitStack() as stack:
@@ -108,10 +108,10 @@ def run(
         ledger = Ledger.start({s.name: s.mechanism.fingerprint() for s in sites.sites})
         device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
         per_chunk = device.mesh.size * config.execution.clients_per_block
-        say("Compiling ...")
-        programs = assembly.compile_programs(
-            config, device, _example_chunk(device, sites, per_chunk)
-        )
+        with busy("Compiling", show=progress):
+            programs = assembly.compile_programs(
+                config, device, _example_chunk(device, sites, per_chunk)
+            )
         say(f"Compiled in {programs.compile_seconds:.1f} s.")
         log = stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl")))
         this = Run(
@@ -144,7 +144,7 @@ def run(
             charged=charges.counts(),
             position=position,
             compile_seconds=programs.compile_seconds,
-            say=say,
+            progress=progress,
         )
         if secrets.is_private:
             secrets.destroy(secrets_path)

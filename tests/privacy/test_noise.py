@@ -49,8 +49,9 @@ def test_the_two_draws_of_a_pair_are_independent():
     half = COUNT // 2
     assert_uncorrelated(draws()[:half], draws()[half:])
     assert_uncorrelated(draws()[:-1], draws()[1:])
-    with pytest.raises(AssertionError):  # sines and cosines of one radius: only squares correlate
-        radius, angle = np.random.default_rng(0).uniform(1, 3, half), np.arange(half)
+    # Of a radius of another law, sine and cosine are dependent, and only their squares tell.
+    radius, angle = np.random.default_rng(0).uniform(1, 3, half), np.arange(half)
+    with pytest.raises(AssertionError, match="squares"):
         assert_uncorrelated(radius * np.cos(angle), radius * np.sin(angle))
 
 
