@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from fedjax_dp.federated.cohort import CohortChunk
+from fedjax_dp.models.layers import Conv, GroupNorm, UpConv, max_pool_2x2
 from fedjax_dp.privacy import noise
 from fedjax_dp.typing import ClientConstants, ClientKeys, ClientPlan, TilePool
 
@@ -74,6 +76,9 @@ def gradient_of(loss_fn):
     return jax.jit(jax.grad(loss_fn))
 
 
+add_noise = jax.jit(noise.add_noise)
+
+
 def clipped(gradient, clip):
     """One unit's contribution in float64: g * min(1 / norm, 1 / clip); zero if not finite."""
     leaves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
@@ -121,7 +126,7 @@ def client_update(loss_fn, optimizer, placement, params, keys, constants, plan, 
             total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), total, one)
         if placement == "dp_sgd":
             key = jax.random.fold_in(keys.noise, step)
-            total = noise.add_noise(key, as_float32(total), constants.noise_stddev)
+            total = add_noise(key, as_float32(total), constants.noise_stddev)
         mean = jax.tree.map(
             lambda leaf: np.asarray(leaf) * constants.inverse_expected_batch_size, total
         )
@@ -131,7 +136,7 @@ def client_update(loss_fn, optimizer, placement, params, keys, constants, plan, 
     if placement == "update":
         clip = float(constants.l2_clip_norm)
         delta = jax.tree.map(lambda leaf: leaf * clip, clipped(delta, clip))
-        delta = noise.add_noise(keys.noise, as_float32(delta), constants.noise_stddev)
+        delta = add_noise(keys.noise, as_float32(delta), constants.noise_stddev)
     return delta
 
 
@@ -170,6 +175,23 @@ def keyed_loss(params, images, labels, num_tiles, keys):
     return linear_loss(params, moved, labels, num_tiles, None) * (1.0 + 0.01 * size)
 
 
+class TinyNetwork(nn.Module):
+    """The U-Net's kinds of layers, few enough to compile in a moment."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(GroupNorm(2)(Conv(4, variant="matmul")(2.0 * images - 1.0)))
+        return nn.Dense(2)(jnp.concatenate([x, UpConv(2)(max_pool_2x2(x))], -1))
+
+
+def tiny_network(seed=0):
+    """`(params, apply)` of it."""
+    module, rng = TinyNetwork(), np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    params = jax.tree.map(lambda leaf: jnp.float32(0.3 * rng.normal(size=leaf.shape)), shapes)
+    return params, lambda params, images, key: module.apply(params, images)
+
+
 def make_pool(num_tiles=12, size=4, seed=0, gray=(), gains=None):
     """Random tiles; those in `gray` have zero gradient, `gains` maps tiles to indices of GAINS."""
     rng = np.random.default_rng(seed)
@@ -181,14 +203,16 @@ def make_pool(num_tiles=12, size=4, seed=0, gray=(), gains=None):
     return TilePool(jnp.asarray(images), jnp.asarray(labels))
 
 
-def make_plan(steps, *, slots, tiles=1):
-    """A plan from lists: `steps[s][u]` is the list of tiles of unit u in step s."""
+def make_plan(*steps, shape=(3, 4, 3)):
+    """A plan from lists: `steps[s][u]` is the list of tiles of unit u in step s.
+
+    Of one shape [S, U, T], so that most tests share a program; steps that are not given are empty.
+    """
     plan = ClientPlan(
-        np.zeros((len(steps), slots, tiles), np.int32),
-        np.array([len(units) for units in steps], np.int32),
-        np.zeros((len(steps), slots), np.int32),
+        np.zeros(shape, np.int32), np.zeros(shape[:1], np.int32), np.zeros(shape[:2], np.int32)
     )
     for step, units in enumerate(steps):
+        plan.num_units[step] = len(units)
         for slot, unit in enumerate(units):
             plan.tile_index[step, slot, : len(unit)] = unit
             plan.num_tiles[step, slot] = len(unit)

@@ -106,9 +106,9 @@ def finish(
     return summary
 
 
-def comparison_row(name: str, summary: Mapping[str, Any]) -> ComparisonRow:
-    """One row of a comparison table from a run's summary: its test scores and its epsilons."""
-    scores = summary["test"] or summary["external"] or {}
+def comparison_row(name: str, summary: Mapping[str, Any], split: str = "test") -> ComparisonRow:
+    """One row of a comparison table from a run's summary: scores of a split, and epsilons."""
+    scores = summary[split] or {}
     privacy = summary["privacy"]
     of_unit: dict[str, float] = {}
     for row in privacy["guarantees"].values():

@@ -140,7 +140,10 @@ class RoundMaker:
         num_slots = max(site.mechanism.capacity for site in self.sites)
         for start in range(0, len(active), self.clients_per_chunk):
             members = active[start : start + self.clients_per_chunk]
-            clients = [self._client(site, index, nonce, num_slots) for site in members]
+            clients = [
+                client_input(site, self.secrets, index, nonce, self.context, num_slots)
+                for site in members
+            ]
             empty = [None] * (self.clients_per_chunk - len(members))
             yield ChunkInput(
                 chunk=stack_chunk([*clients, *empty]),
@@ -148,22 +151,38 @@ class RoundMaker:
                 num_tiles=sum(int(client.plan.num_tiles.sum()) for client in clients),
             )
 
-    def _client(self, site: Site, index: int, nonce: int, num_slots: int) -> CohortChunk:
-        mechanism = site.mechanism
-        rng = self.secrets.rng(site.name, index, Purpose.SAMPLING, nonce, self.context)
-        plan = mechanism.sample(rng, site.unit_tiles, num_slots)
-        keys = ClientKeys(
-            noise=self.secrets.key_data(site.name, index, Purpose.NOISE, nonce, self.context),
-            augmentation=self.secrets.key_data(
-                site.name, index, Purpose.AUGMENTATION, nonce, self.context
-            ),
-        )
-        return CohortChunk(
-            keys=keys,
-            client_state=(),
-            constants=client_constants(mechanism, site.weight),
-            plan=ClientPlan(*plan),
-        )
+
+def client_input(
+    site: Site,
+    secrets: Secrets,
+    round_index: int,
+    nonce: int = 0,
+    context: bytes = b"",
+    num_slots: int | None = None,
+) -> CohortChunk:
+    """One slot of `stack_chunk`: the draw, the keys and the constants of `site` in one round.
+
+    Args:
+        site: the client.
+        secrets: hold the site's secret.
+        round_index: the round, from 0; two rounds never share coins or noise.
+        nonce: of the round's write-ahead charge.
+        context: hash of data and configuration.
+        num_slots: U of the plan; the site's own capacity where None.
+    """
+    mechanism = site.mechanism
+    rng = secrets.rng(site.name, round_index, Purpose.SAMPLING, nonce, context)
+    plan = mechanism.sample(rng, site.unit_tiles, num_slots)
+    keys = ClientKeys(
+        noise=secrets.key_data(site.name, round_index, Purpose.NOISE, nonce, context),
+        augmentation=secrets.key_data(site.name, round_index, Purpose.AUGMENTATION, nonce, context),
+    )
+    return CohortChunk(
+        keys=keys,
+        client_state=(),
+        constants=client_constants(mechanism, site.weight),
+        plan=ClientPlan(*plan),
+    )
 
 
 def client_constants(mechanism: Mechanism, weight: float) -> ClientConstants:

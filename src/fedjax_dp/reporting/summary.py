@@ -75,9 +75,9 @@ def cost_sentence(rows: Sequence[ComparisonRow], *, baseline: str, tile: str, pa
     tile_row, patient_row = _named(rows, tile), _named(rows, patient)
     return (
         f"Against {_score(reference.dice)} Dice without privacy, protecting each tile "
-        f"(epsilon {_epsilon(tile_row.tile_epsilon)}) cost {_cost(tile_row, reference)}, and "
-        f"protecting each patient with all of their tiles "
-        f"(epsilon {_epsilon(patient_row.patient_epsilon)}) cost {_cost(patient_row, reference)}."
+        f"(epsilon {epsilon_text(tile_row.tile_epsilon)}) cost {_cost(tile_row, reference)}, and "
+        f"protecting each patient with all of their tiles (epsilon "
+        f"{epsilon_text(patient_row.patient_epsilon)}) cost {_cost(patient_row, reference)}."
     )
 
 
@@ -98,7 +98,7 @@ def _cells(rows: Sequence[ComparisonRow], baseline: str | None) -> list[list[str
             line.append(_score(value))
             if reference is not None:
                 line.append("" if row is reference else _change(value, getattr(reference, field)))
-        cells.append([*line, _epsilon(row.tile_epsilon), _epsilon(row.patient_epsilon)])
+        cells.append([*line, epsilon_text(row.tile_epsilon), epsilon_text(row.patient_epsilon)])
     return cells
 
 
@@ -133,7 +133,7 @@ def _cost(row: ComparisonRow, reference: ComparisonRow) -> str:
     return f"{points:.1f} points{share} ({_score(row.dice)})"
 
 
-def _epsilon(value: float | None) -> str:
+def epsilon_text(value: float | None) -> str:
     """Two decimals, rounded up: a guarantee must not look better than it is."""
     if value is None or math.isnan(value):
         return "not stated"
