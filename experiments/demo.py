@@ -23,6 +23,7 @@ from fedjax_dp.config import (
     ModelConfig,
     PrivacyConfig,
 )
+from fedjax_dp.interrupts import Stopped
 
 BASELINE, TILE, PATIENT = "fedavg", "feddp-tile", "feddp-patient"
 
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
             summaries[name] = training.run(
                 config, folder / name, experiment=name, federation=federation
             )
-        except training.Stopped as stopped:
+        except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return EXIT_STOPPED
     text = compare(folder, federation, runs, summaries)

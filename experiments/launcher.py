@@ -47,12 +47,13 @@ def run_and_report(config: Config, workdir: str, experiment: str) -> int:
     split_cpu(config.execution.devices)
     # jax starts here, after the devices are set up.
     from fedjax_dp import training
+    from fedjax_dp.interrupts import Stopped
     from fedjax_dp.reporting.summary import plain_table
     from fedjax_dp.results import comparison_row
 
     try:
         summary = training.run(config, workdir, experiment=experiment)
-    except training.Stopped as stopped:
+    except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     except (ValueError, FileNotFoundError, RuntimeError) as error:

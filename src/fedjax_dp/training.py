@@ -4,10 +4,8 @@ import contextlib
 import math
 import os
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,16 +21,13 @@ from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
 from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead, client_constants
+from fedjax_dp.interrupts import Stopped, noted_signals
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
 from fedjax_dp.privacy.secrets import Secrets
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.metrics import summarise
 from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate
-
-
-class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop and has saved its last whole round."""
 
 
 class Run(NamedTuple):
@@ -101,7 +96,7 @@ def run(
     for line in results.describe(config, federation, sites):
         say(line)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(noted_signals())
         charges = stack.enter_context(ChargeLog(folder / "charges.jsonl"))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         secrets = _secrets(config, secrets_path, sites, is_new=not charges.counts())
@@ -373,25 +368,3 @@ def _example_chunk(device: Device, sites: Sites, clients_per_chunk: int) -> coho
     return jax.device_put(
         cohort.stack_chunk([client] * clients_per_chunk), cohort.by_client(device.mesh)
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Notes SIGINT and SIGTERM instead of dying in mid-round; a second one ends at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone.
-        return
-
-    def note(number: int, frame: Any) -> None:
-        del frame
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
