@@ -84,7 +84,7 @@ def run(
     if federation is None:
         federation = assembly.load_federation(config, progress=progress)
     data_fingerprint = fingerprint(federation)
-    workdir.claim(folder, experiment, config, data_fingerprint)
+    workdir.check(folder, experiment, config, data_fingerprint)
     secrets_path = folder / "secrets"
     if (finished := results.finished(folder)) is not None:
         say(f"{folder} holds a finished run; its summary is returned.")
@@ -95,19 +95,19 @@ def run(
         sites = assembly.make_sites(config, federation, cache_dir=str(folder / "calibration"))
     for line in results.describe(config, federation, sites):
         say(line)
+    device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
+    per_chunk = device.mesh.size * config.execution.clients_per_block
+    with busy("Compiling", show=progress):
+        chunk = _example_chunk(device, sites, per_chunk)
+        programs = assembly.compile_programs(config, device, chunk)
+    say(f"Compiled in {programs.compile_seconds:.1f} s.")
+    workdir.claim(folder, experiment, config, data_fingerprint)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(noted_signals())
         charges = stack.enter_context(ChargeLog(folder / "charges.jsonl"))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         secrets = _secrets(config, secrets_path, sites, is_new=not charges.counts())
         ledger = Ledger.start({s.name: s.mechanism.fingerprint() for s in sites.sites})
-        device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
-        per_chunk = device.mesh.size * config.execution.clients_per_block
-        with busy("Compiling", show=progress):
-            programs = assembly.compile_programs(
-                config, device, _example_chunk(device, sites, per_chunk)
-            )
-        say(f"Compiled in {programs.compile_seconds:.1f} s.")
         log = stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl")))
         this = Run(
             config, folder, experiment, federation, sites, device, programs,

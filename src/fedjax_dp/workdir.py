@@ -58,11 +58,11 @@ def _processor() -> str:
     return platform.processor()
 
 
-def claim(workdir: pathlib.Path, experiment: str, config: Config, fingerprint: str) -> None:
-    """Makes `workdir` this run's, or checks that it is.
+def check(folder: pathlib.Path, experiment: str, config: Config, fingerprint: str) -> None:
+    """Refuses a workdir that belongs to another run; changes nothing.
 
     Args:
-        workdir: the folder; made if absent.
+        folder: the workdir; may be absent.
         experiment: name of the experiment.
         config: what the run was told.
         fingerprint: of the training data.
@@ -71,23 +71,39 @@ def claim(workdir: pathlib.Path, experiment: str, config: Config, fingerprint: s
         ValueError: the folder belongs to another experiment, configuration or data; the message
             shows each difference.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    mine = {"experiment": experiment, "data.fingerprint": fingerprint, **identity(config)}
+    path = folder / "config.json"
     if not path.exists():
-        write_json(path, {"identity": mine, "execution": _execution(config)})
         return
+    mine = _identity(experiment, config, fingerprint)
     theirs = json.loads(path.read_text(encoding="utf-8"))["identity"]
     differences = [
         f"  {name}: {theirs.get(name, 'absent')!r} there, {mine.get(name, 'absent')!r} now"
         for name in sorted({*mine, *theirs})
-        if theirs.get(name, ...) != json.loads(json.dumps(mine.get(name, "absent")))
+        if theirs.get(name, "absent") != mine.get(name, "absent")
     ]
     if differences:
         raise ValueError(
-            f"The workdir {workdir} belongs to another run:\n" + "\n".join(differences) + "\n"
+            f"The workdir {folder} belongs to another run:\n" + "\n".join(differences) + "\n"
             "Use its configuration to go on with it, or another --workdir."
         )
+
+
+def claim(folder: pathlib.Path, experiment: str, config: Config, fingerprint: str) -> None:
+    """`check`, and then writes `config.json` where there is none: the folder is this run's.
+
+    To be called when all that can be wrong with a configuration has been tried, so that a mistake
+    claims no folder.
+    """
+    check(folder, experiment, config, fingerprint)
+    path = folder / "config.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        identity_ = _identity(experiment, config, fingerprint)
+        write_json(path, {"identity": identity_, "execution": _execution(config)})
+
+
+def _identity(experiment: str, config: Config, fingerprint: str) -> dict[str, Any]:
+    return {"experiment": experiment, "data.fingerprint": fingerprint, **identity(config)}
 
 
 def _execution(config: Config) -> dict[str, Any]:
