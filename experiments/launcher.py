@@ -56,7 +56,7 @@ def run_and_report(config: Config, workdir: str, experiment: str) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(plain_table([comparison_row(experiment, summary)]))

@@ -15,6 +15,7 @@ from fedjax_dp.checkpoint import load_params
 from fedjax_dp.config import Config, names
 from fedjax_dp.data import units
 from fedjax_dp.data.federation import Federation, federation_from_manifest
+from fedjax_dp.data.sampling import draw_cohort
 from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable
 from fedjax_dp.evaluation import Evaluator
@@ -64,10 +65,6 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
                 f"Expected data.train_sites and data.external_sites empty without a manifest, got "
                 f"{chosen}. The synthetic federation's sites have fixed roles."
             )
-    if config.federation.pooled:
-        train = federation.train
-        pooled = dataclasses.replace(train, sites=(POOLED,), site=np.zeros(len(train), np.int32))
-        federation = dataclasses.replace(federation, train=pooled)
     if not len(federation.train):
         raise ValueError(f"Expected training tiles in {federation.name}, got none.")
     return federation
@@ -85,6 +82,13 @@ def _read(config: Config) -> Federation:
         train_sites=names(data.train_sites),
         external_sites=names(data.external_sites),
     )
+
+
+def pool_sites(federation: Federation) -> Federation:
+    """The same tiles with one client, `POOLED`, that owns all the training tiles."""
+    train = federation.train
+    train = dataclasses.replace(train, sites=(POOLED,), site=np.zeros(len(train), np.int32))
+    return dataclasses.replace(federation, train=train)
 
 
 def _draw(config: Config, bar: Any) -> Federation:
@@ -171,6 +175,13 @@ def make_sites(config: Config, federation: Federation, *, cache_dir: str | None 
             weight=float(len(unit_tiles[name])) if config.federation.weights == "units" else 1.0,
         )
         for name, mechanism in made.mechanisms.items()
+    )
+    draw_cohort(  # a trial, so that a mistake is told here and not in the first round
+        np.random.default_rng(0),
+        len(sites),
+        mode=config.federation.cohort,  # type: ignore[arg-type]
+        size=config.federation.cohort_size or None,
+        prob=config.federation.cohort_prob or None,
     )
     return Sites(sites, unit, note, made.warnings)
 

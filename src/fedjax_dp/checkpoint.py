@@ -105,15 +105,26 @@ def load_params(folder: pathlib.Path, like: Any) -> Any:
         FileNotFoundError: there is no checkpoint.
         ValueError: the checkpoint is of another network.
     """
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step() if folder.is_dir() else None
+    missing = f"Expected model.init_from to hold a finished run, got {folder}."
+    if not folder.is_dir():  # the manager would make it
+        raise FileNotFoundError(missing)
+    handlers: Any = {
+        "state": ocp.StandardCheckpointHandler(),
+        "position": ocp.JsonCheckpointHandler(),
+    }
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
+        step = manager.latest_step()
         if step is None:
-            raise FileNotFoundError(
-                f"Expected model.init_from to hold a finished run, got {folder}."
-            )
-        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))[
-            "state"
-        ]
+            raise FileNotFoundError(missing)
+        # That run may have had devices that are not here.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            manager.item_metadata(step)["state"],
+        )
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(saved))
+        )["state"]
     params = restored["averaged_params"]
     shapes = jax.tree.map(lambda leaf: leaf.shape, like)
     found = jax.tree.map(lambda leaf: leaf.shape, params)

@@ -204,6 +204,17 @@ class Config:
     checkpoint_every: int = 10
 
 
+def check(config: Config) -> None:
+    """Refuses numbers that no other part of a run would notice in time.
+
+    Raises:
+        ValueError: an interval below one.
+    """
+    for name in ("eval_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"Expected {name} >= 1, got {getattr(config, name)}.")
+
+
 _ONLY_SPEED = ("execution", "eval_every", "checkpoint_every")
 
 

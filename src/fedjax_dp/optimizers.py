@@ -25,7 +25,8 @@ def make_optimizer(
     """
     factory = getattr(optax, name, None)
     parameters = inspect.signature(factory).parameters if callable(factory) else {}
-    if factory is None or "learning_rate" not in parameters:
+    required = {n for n, p in parameters.items() if p.default is p.empty} - {"learning_rate"}
+    if factory is None or "learning_rate" not in parameters or required or name == "lbfgs":
         raise ValueError(
             f"Expected the name of an optax optimiser with a learning rate, got {name!r}. Use for "
             "instance 'sgd', 'adam', 'adamw' or 'yogi'."
@@ -37,7 +38,9 @@ def make_optimizer(
         )
     rate = optax.cosine_decay_schedule(learning_rate, decay_steps) if decay_steps else learning_rate
     if "momentum" in parameters:
-        return factory(rate, momentum=momentum or None)
+        # Where None is the default it means without; elsewhere it is an error.
+        without = None if parameters["momentum"].default is None else 0.0
+        return factory(rate, momentum=momentum or without)
     if "b1" in parameters:
         return factory(rate, b1=momentum)
     return factory(rate)

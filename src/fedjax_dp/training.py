@@ -1,6 +1,7 @@
 """The host loop of a run: rounds, epsilon, evaluation, checkpoints; stops and goes on anywhere."""
 
 import contextlib
+import hashlib
 import math
 import os
 import pathlib
@@ -15,13 +16,14 @@ from tqdm import tqdm
 from fedjax_dp import assembly, results, workdir
 from fedjax_dp.assembly import Device, Programs, Sites
 from fedjax_dp.checkpoint import Checkpoints, Position
-from fedjax_dp.config import Config, config_hash
+from fedjax_dp.config import Config, check, config_hash
 from fedjax_dp.data.federation import Federation, fingerprint
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
 from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead, client_constants
 from fedjax_dp.interrupts import Stopped, noted_signals
+from fedjax_dp.privacy.clipping import UnitSums
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
 from fedjax_dp.privacy.secrets import Secrets
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
@@ -77,12 +79,15 @@ def run(
         RuntimeError: a client's message was not finite; names the round and the client.
         Stopped: SIGINT or SIGTERM came; the last whole round is saved.
     """
+    check(config)
     say = tqdm.write if progress else (lambda _: None)
     folder = pathlib.Path(folder)
     if config.execution.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
         federation = assembly.load_federation(config, progress=progress)
+    if config.federation.pooled:
+        federation = assembly.pool_sites(federation)
     data_fingerprint = fingerprint(federation)
     workdir.check(folder, experiment, config, data_fingerprint)
     secrets_path = folder / "secrets"
@@ -119,7 +124,10 @@ def run(
             secrets=secrets,
             charges=charges,
             limits=_limits(config, sites),
-            environment=workdir.environment_hash(device.plan),
+            # The first parameters too: `model.init_from` names a folder that may change.
+            environment=workdir.environment_hash(
+                {**device.plan, "initial": _digest(device.state.params)}
+            ),
             context=f"{data_fingerprint}/{config_hash(config)}".encode(),
             clients_per_chunk=per_chunk,
             cohort_mode=config.federation.cohort,
@@ -168,8 +176,10 @@ def _rounds(
             results.draw_overlays(
                 this.folder, this.federation, this.programs.evaluator, state.averaged_params
             )
-        for made in rounds:
-            start = time.perf_counter()
+        while True:
+            start = time.perf_counter()  # to wait for the host is part of the round
+            if (made := next(rounds, None)) is None:
+                break
             done = _one_round(this, made, state, stop, bar, shown)
             if done is None:
                 this.checkpoints.save(state, position)
@@ -248,6 +258,12 @@ def _one_round(
     state = this.programs.finish(state, acc)
     jax.block_until_ready(state)
     device_seconds += time.perf_counter() - start
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params))):
+        raise RuntimeError(
+            f"Round {made.round_index + 1}: the server's parameters are not finite after the mean "
+            f"of {list(made.clients)}, whose messages are. Lower the server's learning rate; the "
+            "last checkpoint is whole."
+        )
     return state, _Work(infos, tiles, device_seconds)
 
 
@@ -264,7 +280,8 @@ def _line(
     }
     worst = max(epsilon.values())
     shown["epsilon"] = "infinite" if math.isinf(worst) else f"{worst:.2f}"
-    sums = [jax.tree.map(np.asarray, info.units) for _, info in work.infos]
+    nobody = NonPrivate(UnitSums(*np.zeros(len(UnitSums._fields))))  # a cohort may be empty
+    sums = [nobody, *(jax.tree.map(np.asarray, info.units) for _, info in work.infos)]
     total = jax.tree.map(lambda *parts: float(sum(part.sum() for part in parts)), *sums)
     units = max(total.value.units, 1.0)
     shown["loss"] = f"{total.value.loss / units:.3f}"
@@ -337,6 +354,14 @@ def _secrets(config: Config, path: pathlib.Path, sites: Sites, *, is_new: bool) 
     secrets = Secrets.generate(clients)
     secrets.save(path)
     return secrets
+
+
+def _digest(params: Any) -> str:
+    """BLAKE2b, in hex, of all parameters."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(jax.device_get(params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _limits(config: Config, sites: Sites) -> dict[str, int]:

@@ -13,9 +13,17 @@ import jax
 
 import fedjax_dp
 from fedjax_dp.config import Config, identity
-from fedjax_dp.reporting.log import write_json
+from fedjax_dp.reporting.log import to_json, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting", "orbax-checkpoint")
+
+
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
 
 
 def versions() -> dict[str, str]:
@@ -41,12 +49,20 @@ def environment_hash(plan: dict[str, Any]) -> str:
         "versions": versions(),
         "device": [device.platform, device.device_kind, jax.device_count()],
         "machine": [platform.machine(), _processor(), os.cpu_count()],
-        "flags": [
-            os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")
-        ],
+        "flags": [os.environ.get("XLA_FLAGS", ""), *(getattr(jax.config, n) for n in _SETTINGS)],
+        "source": _source_digest(),
         "plan": plan,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _source_digest() -> str:
+    """Digest of this package's source: an edit between a crash and its replay changes messages."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = pathlib.Path(fedjax_dp.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _processor() -> str:
@@ -103,7 +119,8 @@ def claim(folder: pathlib.Path, experiment: str, config: Config, fingerprint: st
 
 
 def _identity(experiment: str, config: Config, fingerprint: str) -> dict[str, Any]:
-    return {"experiment": experiment, "data.fingerprint": fingerprint, **identity(config)}
+    mine = {"experiment": experiment, "data.fingerprint": fingerprint, **identity(config)}
+    return json.loads(to_json(mine))  # as it reads back: JSON knows no infinity
 
 
 def _execution(config: Config) -> dict[str, Any]:

@@ -190,10 +190,19 @@ class ChargeLog:
             limits: client -> rounds its budget allows; a client without a limit has none.
         """
         members = sorted(_check_clients(clients))
-        if self._find(round_index, members, environment) is not None:
-            return ()
         totals = self.counts()
-        return tuple(c for c in members if c in limits and totals.get(c, 0) + 1 > limits[c])
+        left = tuple(c for c in members if c in limits and totals.get(c, 0) + 1 > limits[c])
+        # A replay finds the totals of the whole first attempt, in which more clients may have gone
+        # since: the round's own charge tells who took part. Whoever it lacks must be spent now too.
+        replays = [
+            record
+            for record in self._records
+            if (record["round"], record["environment"], record["parent"])
+            == (round_index, environment, self._head)
+            and set(members) - set(left) <= set(record["clients"]) <= set(members)
+        ]
+        taken = max((record["clients"] for record in replays), key=len, default=None)
+        return left if taken is None else tuple(c for c in left if c not in taken)
 
     def close(self) -> None:
         """Releases the file and its lock."""

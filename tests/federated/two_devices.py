@@ -1,0 +1,197 @@
+"""Checks that need two devices; a script, for XLA reads the number of devices only once.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m tests.federated.two_devices
+
+prints a JSON object: check -> what failed, "" if nothing did.
+"""
+
+import functools
+import json
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_dp.federated import cohort
+from fedjax_dp.federated.aggregators import weighted_mean
+from fedjax_dp.federated.client import ClientInfo, client_update
+from fedjax_dp.privacy import clipping
+from fedjax_dp.typing import NonPrivate
+from tests import oracles
+from tests.laws import assert_std, assert_uncorrelated
+from tests.oracles import (
+    assert_trees_close,
+    distance,
+    keyed_loss,
+    linear_params,
+    make_client,
+    make_plan,
+    make_pool,
+    norm,
+    take,
+)
+
+CLIP = 0.4
+PLANS = (
+    make_plan([[3, 5], [2]], [], [[1, 4]]),
+    make_plan([[6]], [[7], [8, 9], [10]]),
+    make_plan(),
+    make_plan([[11, 0, 1]], [[2]], [[3]]),
+)
+AGGREGATOR = weighted_mean()
+
+
+def make_chunk(count, **constants):
+    constants = {"clip": CLIP, "stddev": 0.01} | constants
+    return cohort.stack_chunk([make_client(PLANS[i], i, **constants) for i in range(count)])
+
+
+@functools.cache
+def visit(update, block):
+    visiting = cohort.visit_clients(update, AGGREGATOR, clients_per_block=block)
+    return jax.jit(
+        lambda params, chunk, pool: visiting(AGGREGATOR.init(params), params, chunk, pool)
+    )
+
+
+def each_delta(update, block, chunk, pool, params=None):
+    """Every client's delta alone: all the weight is given to one client after the other."""
+    params = linear_params() if params is None else params
+    deltas = []
+    for client in range(chunk.constants.weight.shape[0]):
+        weight = np.zeros(chunk.constants.weight.shape, np.float32)
+        weight[client] = 1.0
+        weighted = chunk._replace(constants=chunk.constants._replace(weight=weight))
+        acc, _, _ = visit(update, block)(params, weighted, pool)
+        deltas.append(AGGREGATOR.finish(acc))
+    return deltas
+
+
+def alone(update, chunk, client, pool):
+    keys, state, constants, plan = (take(part, client) for part in chunk)
+    return jax.jit(update)(linear_params(), keys, state, constants, plan, pool)[0]
+
+
+@functools.cache
+def real_update(placement="dp_sgd"):
+    return client_update(keyed_loss, optax.sgd(1.0), placement=placement)
+
+
+def direct_update(params, keys, client_state, constants, plan, pool):
+    """A client update that takes its gradient at the server's very parameters, and clips it."""
+    del keys
+
+    def loss(params):
+        tile = plan.tile_index[0, 0]
+        return keyed_loss(params, pool.images[tile], pool.labels[tile], 1, tile_keys())
+
+    def tile_keys():
+        return jax.random.split(jax.random.key(0), plan.tile_index.shape[2])
+
+    gradient = jax.grad(loss)(params)
+    clipped, before = clipping.clip_by_norm(gradient, constants.l2_clip_norm)
+    sums = clipping.UnitSums(*[before] * 5)
+    info = ClientInfo(NonPrivate(sums), NonPrivate(before), jnp.isfinite(before))
+    return clipped, client_state, info
+
+
+def assert_equals_loop(update, block):
+    chunk, pool = make_chunk(2 * block), make_pool()
+    for client, delta in enumerate(each_delta(update, block, chunk, pool)):
+        assert_trees_close(delta, alone(update, chunk, client, pool))
+
+
+def two_devices_are_there():
+    assert jax.device_count() == 2
+
+
+def each_delta_equals_the_loop_block_1():
+    assert_equals_loop(real_update(), 1)
+
+
+def each_delta_equals_the_loop_block_2():
+    assert_equals_loop(real_update(), 2)
+
+
+def a_gradient_at_the_servers_parameters_is_clipped_alone():
+    assert_equals_loop(direct_update, 1)
+
+
+def without_pcast_gradients_are_summed_before_they_are_clipped():
+    """The negative control: the same check must fail once the cast is gone."""
+    before = cohort.lax.pcast
+    cohort.lax.pcast = lambda tree, *_, **__: tree
+    visit.cache_clear()
+    try:
+        assert_equals_loop(direct_update, 1)
+    except AssertionError:
+        return
+    finally:
+        cohort.lax.pcast = before
+        visit.cache_clear()
+    raise AssertionError("the check passed without the cast")
+
+
+def one_unit_moves_its_client_by_the_clip_and_no_other():
+    chunk = make_chunk(2)
+    # Of client 0, the unit of tile 2 is alone in no plan of the first two clients.
+    first, second = (
+        each_delta(real_update(), 1, chunk, pool)
+        for pool in (make_pool(), make_pool(gains={2: oracles.NAN}))
+    )
+    moved = distance(first[0], second[0])
+    assert 0.99 * CLIP <= moved <= CLIP * (1 + 1e-5), moved
+    assert distance(first[1], second[1]) == 0.0
+
+
+def noise_is_independent_across_devices():
+    params = {"weight": jnp.zeros(30_000)}
+    update = client_update(lambda p, *_: 0.0 * p["weight"][0], optax.sgd(1.0), placement="dp_sgd")
+    chunk = cohort.stack_chunk([make_client(make_plan(), i, stddev=1.0) for i in range(4)])
+    deltas = [np.asarray(d["weight"]) for d in each_delta(update, 2, chunk, make_pool(), params)]
+    for i in range(4):
+        assert_std(deltas[i], np.sqrt(3))  # three steps
+        for j in range(i):
+            assert_uncorrelated(deltas[i], deltas[j])
+
+
+def an_empty_slot_on_the_second_device_adds_nothing():
+    pool, params = make_pool(), linear_params()
+    client = make_client(PLANS[0], 0, clip=CLIP, stddev=0.01)
+    acc, _, info = visit(real_update(), 1)(params, cohort.stack_chunk([client, None]), pool)
+    chunk = cohort.stack_chunk([client, client])
+    assert_trees_close(AGGREGATOR.finish(acc), alone(real_update(), chunk, 0, pool))
+    assert float(acc.weight) == 1.0
+    np.testing.assert_array_equal(info.units.value.units, [3.0, 0.0])
+    assert norm(acc.total) > 0
+
+
+CHECKS = (
+    two_devices_are_there,
+    each_delta_equals_the_loop_block_1,
+    each_delta_equals_the_loop_block_2,
+    a_gradient_at_the_servers_parameters_is_clipped_alone,
+    without_pcast_gradients_are_summed_before_they_are_clipped,
+    one_unit_moves_its_client_by_the_clip_and_no_other,
+    noise_is_independent_across_devices,
+    an_empty_slot_on_the_second_device_adds_nothing,
+)
+
+
+def main():
+    jax.config.update("jax_default_matmul_precision", "highest")
+    results = {}
+    for check in CHECKS:
+        try:
+            check()
+            results[check.__name__] = ""
+        except Exception:
+            results[check.__name__] = traceback.format_exc(limit=-3)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
