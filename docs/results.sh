@@ -42,25 +42,24 @@ $PYTHON -m experiments.feddp --workdir="$RUNS/update" "${REAL[@]}" "${LOCAL[@]}"
 $PYTHON -m experiments.compare --output="$RUNS/table.md" \
   --workdirs="$RUNS/fedavg,$RUNS/centralized,$RUNS/dp_sgd,$RUNS/update"
 
-# --- What each setting was worth: a smaller network (base 8, depth 3), about 5,000 tiles a run.
+# --- What each setting was worth: a smaller network (base 8, depth 3), about 3,000 tiles a run.
 SMALL=(--config.model.base_channels=8 --config.model.depth=3)
-pretrain small-pretrain "${SMALL[@]}"
+pretrain small-pretrain "${SMALL[@]}" --config.federation.rounds=350
 ablation() { # name, then what differs from the reference
   local name=$1; shift
   $PYTHON -m experiments.feddp --workdir="$RUNS/small-$name" "${SMALL[@]}" \
-    --config.data.manifest="$MANIFEST" --config.model.init_from="$RUNS/small-pretrain" \
+    --config.data.manifest="$MANIFEST" --config.data.external_sites=mayo,henry-ford,case-western \
+    --config.model.init_from="$RUNS/small-pretrain" \
     --config.privacy.unit=tile --config.execution.devices=1 --config.seed=0 \
-    "${DP_SGD[@]}" --config.privacy.expected_batch_size=32 --config.federation.rounds=26 \
-    --config.eval_every=26 --config.checkpoint_every=26 "$@"
+    "${DP_SGD[@]}" --config.privacy.expected_batch_size=32 --config.federation.rounds=16 \
+    --config.eval_every=1000 --config.checkpoint_every=4 "$@"
 }
 ablation reference
 ablation from-scratch --config.model.init_from=
-ablation small-batches --config.privacy.expected_batch_size=8 --config.federation.rounds=104 \
-  --config.eval_every=104 --config.checkpoint_every=104
+ablation small-batches --config.privacy.expected_batch_size=8 --config.federation.rounds=64
 ablation no-ema --config.federation.ema_decay=0
-ablation multiplicity-4 --config.objective.multiplicity=4
-ablation clip-0.1 --config.privacy.l2_clip_norm=0.1
+ablation multiplicity-2 --config.objective.multiplicity=2
 ablation clip-4 --config.privacy.l2_clip_norm=4
 ablation no-noise --config.privacy.placement=none
 $PYTHON -m experiments.compare --output="$RUNS/ablations.md" \
-  --workdirs="$RUNS/small-no-noise,$RUNS/small-reference,$RUNS/small-from-scratch,$RUNS/small-small-batches,$RUNS/small-no-ema,$RUNS/small-multiplicity-4,$RUNS/small-clip-0.1,$RUNS/small-clip-4"
+  --workdirs="$RUNS/small-no-noise,$RUNS/small-reference,$RUNS/small-from-scratch,$RUNS/small-small-batches,$RUNS/small-no-ema,$RUNS/small-multiplicity-2,$RUNS/small-clip-4"

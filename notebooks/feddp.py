@@ -87,6 +87,8 @@ for column, site in enumerate(tiles.sites):
     image, truth = tiles.images[first], tiles.labels[first]
     contours.show_tile(axes[0, column], image, truth, title=site)
     contours.show_contours(axes[1, column], image, truth, truth, federation.class_names)
+contours.name_row(axes[0, 0], "image")
+contours.name_row(axes[1, 0], "truth")
 plt.show()
 
 # %% [markdown]
@@ -336,18 +338,26 @@ for column, (index, labels) in enumerate(zip(shown, predicted, strict=True)):
         axes[0, column], image, truth, truth, federation.class_names, title=test.sites[column]
     )
     contours.show_contours(
-        axes[1, column], image, truth, labels, federation.class_names,
-        title=contours.dice_text(labels, truth, 2), single_colour=contours.PREDICTION_COLOUR,
+        axes[1, column],
+        image,
+        truth,
+        labels,
+        federation.class_names,
+        title=contours.dice_text(labels, truth, 2),
+        single_colour=contours.PREDICTION_COLOUR,
     )
+contours.name_row(axes[0, 0], "truth")
+contours.name_row(axes[1, 0], "prediction")
 plt.show()
 
 # %% [markdown]
 # ## The same, as a run
 #
-# With a U-Net, augmentation and a moving average of the parameters. `training.run` takes a configuration and a folder. It charges each round on disk before it
-# computes it, saves checkpoints, and goes on where it was stopped. Run the cell again: the run
-# has finished, so its summary is returned. The flags of `python -m experiments.feddp` are the
-# fields of this configuration.
+# With a U-Net, augmentation and a moving average of the parameters. `training.run` takes a
+# configuration and a folder. It charges each round on disk before it computes it, saves
+# checkpoints, and goes on where it was stopped. Run the cell again: the run has finished, so its
+# summary is returned. The flags of `python -m experiments.feddp` are the fields of this
+# configuration.
 #
 # It is a second release of the same tiles. On patients' tiles the epsilons of both would add up.
 

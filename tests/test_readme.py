@@ -87,6 +87,13 @@ def test_links_lead_to_files():
     assert not missing
 
 
+def test_the_tests_that_the_privacy_page_relies_on_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs/privacy.md").read_text("utf-8"))
+    assert named
+    missing = [path for path in named if not (ROOT / path).is_file()]
+    assert not missing
+
+
 def test_flags_and_programs_exist():
     commands = "\n".join(blocks("sh"))
     for program in re.findall(r"python -m (\w+(?:\.\w+)*)", commands):
