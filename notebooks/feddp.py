@@ -364,7 +364,7 @@ plt.show()
 # %%
 config = Config(
     data=DataConfig(tile_size=TILE_SIZE),
-    model=ModelConfig(base_channels=8, depth=2, num_groups=4),
+    model=ModelConfig(base_channels=8, depth=1, num_groups=4),
     privacy=PrivacyConfig(
         placement="dp_sgd",
         unit="patient",
@@ -374,7 +374,7 @@ config = Config(
         expected_batch_size=20,
         tiles_per_unit=2,
     ),
-    federation=FederationConfig(rounds=10, server_learning_rate=1e-2, ema_decay=0.5),
+    federation=FederationConfig(rounds=12, server_learning_rate=1e-2, ema_decay=0.5),
     eval_every=5,
     checkpoint_every=5,
 )

@@ -110,18 +110,25 @@ def comparison_row(name: str, summary: Mapping[str, Any], split: str = "test") -
     """One row of a comparison table from a run's summary: scores of a split, and epsilons."""
     scores = summary[split] or {}
     privacy = summary["privacy"]
-    of_unit: dict[str, float] = {}
-    for row in privacy["guarantees"].values():
-        # Where a unit has several rows, the table shows the strongest claim that is proven.
-        if row["epsilon"] is not None:
-            known = of_unit.get(row["unit"], math.inf)
-            of_unit[row["unit"]] = min(known, _number(row["epsilon"]))
-    patient = of_unit.get("patient", of_unit.get("client"))
+
+    def proven(unit: str) -> float | None:
+        """The smallest epsilon proven for `unit`.
+
+        A row for the whole client covers its units only where any of the client's data may change:
+        zeroing one tile or patient is not zeroing the client, and moves the update twice as far.
+        """
+        rows = [
+            _number(row["epsilon"])
+            for key, row in privacy["guarantees"].items()
+            if row["epsilon"] is not None and (row["unit"] == unit or key == "client_replace")
+        ]
+        return min(rows, default=None)
+
     return ComparisonRow(
         name=name,
         **{metric: scores.get(metric) for metric in ("dice", "jaccard", "accuracy")},
-        tile_epsilon=of_unit.get("tile", of_unit.get("slide", patient)),
-        patient_epsilon=patient,
+        tile_epsilon=proven("tile"),
+        patient_epsilon=proven("patient"),
     )
 
 

@@ -489,7 +489,8 @@ def _update_guarantees(m: Mechanism) -> tuple[Guarantee, ...]:
     which is P(p, N(z/2)) itself where capacity = n. It needs a client without state: what a record
     left behind in an earlier round makes a depend on it.
 
-    Patient of k records: the same with p = 1-(1-q)^(kL) and the overflow of the other n-k.
+    Patient of k records: the same with p = 1-(1-q)^(kL) and the overflow of the other n-k; where
+    no cap k is enforced, N(z/2).
     """
     z, half = m.noise_multiplier, dp_event.GaussianDpEvent(m.noise_multiplier / 2)
     clipped = "the whole update is clipped, and nothing else leaves the client"
@@ -517,13 +518,17 @@ def _update_guarantees(m: Mechanism) -> tuple[Guarantee, ...]:
     if m.unit != "patient":
         sizes["patient"] = m.max_units_per_patient
     for unit, k in sizes.items():
-        reason = "" if unit == m.unit else _no_conversion(m)
-        event: dp_event.DpEvent | None = None
-        assumptions: tuple[str, ...] = ()
-        if not reason and not m.is_stateless:
-            event = half
+        event: dp_event.DpEvent = half
+        assumptions: tuple[str, ...]
+        if unit != m.unit and k is None:
+            assumptions = (
+                clipped,
+                "any change of the client's data is within 2S; sampling is not claimed, because no "
+                "enforced cap of units per patient is known",
+            )
+        elif not m.is_stateless:
             assumptions = (clipped, "the client keeps state, so sampling amplifies nothing")
-        elif not reason:
+        else:
             event = _record_event(m, min(k or 1, m.num_units))
             assumptions = (
                 clipped,
@@ -537,10 +542,9 @@ def _update_guarantees(m: Mechanism) -> tuple[Guarantee, ...]:
                 adversary=SERVER_ADVERSARY,
                 unit=unit,
                 relation="zero_out",
-                sensitivity=2 * m.l2_clip_norm if event else math.inf,
+                sensitivity=2 * m.l2_clip_norm,
                 event=event,
                 assumptions=assumptions,
-                reason=reason,
             )
         )
     return tuple(rows)
