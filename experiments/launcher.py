@@ -39,7 +39,16 @@ def main(experiment: str, **defaults: Any) -> None:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
         return run_and_report(holder.value, workdir.value, experiment)
 
-    app.run(call)
+    app.run(call, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a misspelled one of `--config` is a user's mistake like any other."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except KeyError as error:  # raised by ml_collections for a field that is not there
+        print(f"{error.args[0]}. `--help` lists the flags.", file=sys.stderr)
+        sys.exit(1)
 
 
 def run_and_report(config: Config, workdir: str, experiment: str) -> int:

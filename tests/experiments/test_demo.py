@@ -14,7 +14,7 @@ from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.tiles import TileTable
 from fedjax_dp.interrupts import Stopped
 from tests import runs
-from tests.runs import compiled, read_json  # noqa: F401
+from tests.runs import compiled, no_pictures, read_json  # noqa: F401
 
 SITES = ("alder", "birch", "cedar", "elm", "fir")
 
@@ -77,6 +77,8 @@ def small(monkeypatch, tmp_path):
         config.model.depth = 1
         config.federation.rounds = 2
         config.privacy.expected_batch_size = 3.0
+        config.privacy.max_tiles_per_patient = 0
+        config.privacy.noise_multiplier = 4.0  # to calibrate takes longer than to train
     monkeypatch.setattr(demo, "configs", lambda: made)
     monkeypatch.setattr(assembly, "load_federation", lambda *_, **__: runs.federation())
     flags.FLAGS(["demo", f"--workdir={tmp_path / 'demo'}"])
@@ -84,7 +86,7 @@ def small(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_demo(small, compiled, capsys, monkeypatch):  # noqa: F811
+def test_the_whole_demo(small, compiled, no_pictures, capsys, monkeypatch):  # noqa: F811
     assert demo.main(["demo"]) == 0
     printed = capsys.readouterr().out
     for name in ("fedavg", "feddp-tile", "feddp-patient"):

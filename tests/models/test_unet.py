@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_dp.models.unet import unet
+from fedjax_dp.models.unet import UNet, unet
 from tests.oracles import assert_trees_close, exact_products  # noqa: F401
 
 TINY = {"base_channels": 8, "depth": 1}
@@ -92,3 +92,21 @@ def test_a_tile_that_does_not_divide_is_refused():
     init, apply = unet(2, base_channels=8, depth=2)
     with pytest.raises(ValueError, match=r"divisible by 2\*\*depth = 4, got 16 x 18"):
         jax.eval_shape(apply, random_params(init), jnp.zeros((1, 16, 18, 3)), jax.random.key(0))
+
+
+def test_the_start_has_the_moments_of_flax_own():
+    init, _ = unet(2, base_channels=32, depth=1)
+    ours = init(jax.random.key(0))
+    theirs = jax.jit(UNet(2, 32, 1).init)(jax.random.key(1), jnp.zeros((1, 2, 2, 3)))["params"]
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, mine), flax in zip(
+        jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        if path[-1].key == "kernel":
+            # Each standard deviation is of n draws; the difference is of both.
+            tolerance = 5 * float(flax.std()) / np.sqrt(mine.size)
+            assert abs(float(mine.std() - flax.std())) < tolerance, path
+            assert abs(float(mine.mean())) < tolerance, path
+            assert np.abs(mine).max() <= 2.001 * np.sqrt(flax.shape[-1] / flax.size) / 0.8796
+        else:
+            np.testing.assert_array_equal(mine, flax)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from fedjax_dp.models.layers import Conv, ConvVariant, GroupNorm, UpConv, max_pool_2x2
@@ -97,11 +98,34 @@ def unet(
     module = UNet(num_classes, base_channels, depth, num_groups, standardize, conv_variant)
 
     def init(key: PRNGKey) -> Params:
-        side = 2**depth
-        return module.init(key, jnp.zeros((1, side, side, 3)))["params"]
+        images = jnp.zeros((1, 2**depth, 2**depth, 3))
+        shapes = jax.eval_shape(module.init, key, images)["params"]
+        return _lecun_normal(key, shapes)
 
     def apply(params: Params, images: Any, key: Any) -> Any:
         del key
         return module.apply({"params": params}, images)
 
     return jax.jit(init), apply
+
+
+def _lecun_normal(key: PRNGKey, shapes: Any) -> Params:
+    """Flax's default start (LeCun et al. 1998): truncated normal kernels, scales one, biases zero.
+
+    One draw for all kernels: Flax compiles a draw for each, which takes longer than a short run.
+    """
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
+    sizes = [leaf.size if path[-1].key == "kernel" else 0 for path, leaf in leaves]
+    draws = jax.random.truncated_normal(key, -2.0, 2.0, (sum(sizes),))
+    # The standard deviation of a normal cut at two of its own.
+    draws = draws / 0.87962566103423978
+    parts = jnp.split(draws, np.cumsum(sizes)[:-1])
+    values = []
+    for (path, leaf), part in zip(leaves, parts, strict=True):
+        if path[-1].key == "kernel":
+            fan_in = leaf.size // leaf.shape[-1]
+            value = part.reshape(leaf.shape) / np.sqrt(fan_in)
+        else:
+            value = jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0)
+        values.append(value.astype(leaf.dtype))
+    return jax.tree.unflatten(treedef, values)
