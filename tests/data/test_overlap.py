@@ -8,6 +8,7 @@ from PIL import Image
 from scipy import ndimage
 
 from fedjax_dp.data.overlap import fingerprint, overlapping_pairs
+from fedjax_dp.data.synthetic import synthetic_federation
 
 
 def _texture(height, width, seed):
@@ -100,3 +101,12 @@ def test_real_consep_patches(real_data):
     folder = real_data / "formats/06_consep_uhcw_patches/images"
     images = [np.array(Image.open(folder / f"train_1_{i:03d}.jpg")) for i in range(12)]
     assert _pairs(images) == [(6, 9), (7, 10), (8, 11)]
+
+
+def test_small_images_do_not_overlap_by_chance():
+    table = synthetic_federation(
+        num_training_sites=1, patients_per_site=40, tiles_per_patient=2, tile_size=64,
+        num_external_sites=0, evaluation_patients_per_site=1, num_workers=1,
+    ).train  # fmt: skip
+    fingerprints = [fingerprint(image) for image in table.images]
+    assert overlapping_pairs(fingerprints, ["site"] * len(fingerprints)) == []

@@ -179,7 +179,7 @@ def test_centralized_pools_and_protects_nobody(monkeypatch):
     """Its defaults; flags may change them."""
     seen = {}
     monkeypatch.setattr(launcher.flags, "DEFINE_string", lambda *_, **__: None)
-    monkeypatch.setattr(launcher.app, "run", lambda call: None)
+    monkeypatch.setattr(launcher.app, "run", lambda *_, **__: None)
     monkeypatch.setattr(
         launcher.config_flags, "DEFINE_config_dataclass", lambda name, value: seen.update(c=value)
     )

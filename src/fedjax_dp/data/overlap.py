@@ -25,6 +25,7 @@ _MIN_WINDOW_VALUES = 24  # distinct grays of 64: flat and smooth blocks repeat b
 _STRIP = 8
 _REDUCE = 8
 _MIN_CORRELATION = 0.97
+_MIN_STRIP_COLUMNS = 16  # reduced pixels: shorter strips correlate by chance
 _MIN_STRIP_STDDEV = 3.0
 
 
@@ -141,7 +142,7 @@ def _strips(gray: np.ndarray) -> np.ndarray:
     Eight rows from each row on, as two rows of reduced pixels.
     """
     height, width = gray.shape
-    if height < _STRIP or width < 4 * _REDUCE:
+    if height < _STRIP or width < _MIN_STRIP_COLUMNS * _REDUCE:
         return np.zeros((0, 2, width // _REDUCE), np.float16)
     columns = gray[:, : width // _REDUCE * _REDUCE].reshape(height, -1, _REDUCE)
     reduced = columns.sum(-1, dtype=np.uint16).astype(np.float32) / (3 * _REDUCE)
