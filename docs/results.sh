@@ -44,7 +44,7 @@ $PYTHON -m experiments.compare --output="$RUNS/table.md" \
 
 # --- What each setting was worth: a smaller network (base 8, depth 3), about 3,000 tiles a run.
 SMALL=(--config.model.base_channels=8 --config.model.depth=3)
-pretrain small-pretrain "${SMALL[@]}" --config.federation.rounds=350
+pretrain small-pretrain "${SMALL[@]}"
 ablation() { # name, then what differs from the reference
   local name=$1; shift
   $PYTHON -m experiments.feddp --workdir="$RUNS/small-$name" "${SMALL[@]}" \

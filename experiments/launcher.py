@@ -29,7 +29,11 @@ def main(experiment: str, **defaults: Any) -> None:
     workdir = flags.DEFINE_string(
         "workdir", None, "Folder of the run; a second call goes on.", required=True
     )
-    holder = config_flags.DEFINE_config_dataclass("config", config)
+    try:
+        holder = config_flags.DEFINE_config_dataclass("config", config)
+    except KeyError as error:  # it looks at the command line, and found a field that is not there
+        print(f"{error.args[0]}. `--help` lists the flags.", file=sys.stderr)
+        sys.exit(1)
 
     # Orbax tells of every file it writes; the run's own lines would drown.
     logging.set_verbosity(logging.WARNING)
@@ -39,16 +43,7 @@ def main(experiment: str, **defaults: Any) -> None:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
         return run_and_report(holder.value, workdir.value, experiment)
 
-    app.run(call, flags_parser=_parse)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a misspelled one of `--config` is a user's mistake like any other."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except KeyError as error:  # raised by ml_collections for a field that is not there
-        print(f"{error.args[0]}. `--help` lists the flags.", file=sys.stderr)
-        sys.exit(1)
+    app.run(call)
 
 
 def run_and_report(config: Config, workdir: str, experiment: str) -> int:

@@ -76,16 +76,14 @@ def test_the_environment_holds_whatever_the_bytes_depend_on(monkeypatch, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(workdir, "_processor", lambda: "another")
         found.add(workdir.environment_hash(plan))
-    with monkeypatch.context() as patch:
-        # The same package with a line more in one file: a replay would send other messages.
-        (tmp_path / "__init__.py").write_text("")
-        patch.setattr(workdir.fedjax_dp, "__file__", str(tmp_path / "__init__.py"))
-        found.add(workdir.environment_hash(plan))
-        (tmp_path / "models").mkdir()
-        (tmp_path / "models" / "unet.py").write_text("WIDTH = 3\n")
-        found.add(workdir.environment_hash(plan))
-        (tmp_path / "models" / "unet.py").write_text("WIDTH = 4\n")
-        found.add(workdir.environment_hash(plan))
+    for text in ("", "WIDTH = 3\n", "WIDTH = 4\n"):
+        # A package whose source is another: a replay would send other messages.
+        package = tmp_path / str(len(found))
+        package.joinpath("models").mkdir(parents=True)
+        package.joinpath("models", "unet.py").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir.fedjax_dp, "__file__", str(package / "__init__.py"))
+            found.add(workdir.environment_hash(plan))
     assert len(found) == 9
     assert workdir.environment_hash(plan) == plain
 

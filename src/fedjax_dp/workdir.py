@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and what its bytes depend on."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -50,16 +51,16 @@ def environment_hash(plan: dict[str, Any]) -> str:
         "device": [device.platform, device.device_kind, jax.device_count()],
         "machine": [platform.machine(), _processor(), os.cpu_count()],
         "flags": [os.environ.get("XLA_FLAGS", ""), *(getattr(jax.config, n) for n in _SETTINGS)],
-        "source": _source_digest(),
+        "source": _source_digest(pathlib.Path(fedjax_dp.__file__).parent),
         "plan": plan,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _source_digest() -> str:
+@functools.cache  # an edit while the program runs does not reach it
+def _source_digest(folder: pathlib.Path) -> str:
     """Digest of this package's source: an edit between a crash and its replay changes messages."""
     digest = hashlib.blake2b(digest_size=16)
-    folder = pathlib.Path(fedjax_dp.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -76,9 +76,13 @@ def small(monkeypatch, tmp_path):
         config.data.tile_size = 32
         config.model.depth = 1
         config.federation.rounds = 2
-        config.privacy.expected_batch_size = 3.0
-        config.privacy.max_tiles_per_patient = 0
-        config.privacy.noise_multiplier = 4.0  # to calibrate takes longer than to train
+    for name in ("feddp-tile", "feddp-patient"):
+        privacy = made[name].privacy
+        privacy.max_tiles_per_patient = 0
+        privacy.noise_multiplier = 4.0  # to calibrate takes longer than to train
+        # As many slots for patients as for tiles: both runs then share one program.
+        privacy.tiles_per_unit = 1
+        privacy.expected_batch_size = 0.3 if privacy.unit == "tile" else 0.5
     monkeypatch.setattr(demo, "configs", lambda: made)
     monkeypatch.setattr(assembly, "load_federation", lambda *_, **__: runs.federation())
     flags.FLAGS(["demo", f"--workdir={tmp_path / 'demo'}"])
@@ -108,11 +112,13 @@ def test_the_whole_demo(small, compiled, no_pictures, capsys, monkeypatch):  # n
     assert min(pixels.shape[:2]) > 200
     assert pixels[..., :3].std() > 20
 
-    # A second call trains nothing.
+    # A second call trains nothing, and compares again.
     monkeypatch.setattr(assembly, "compile_programs", None)
-    before = (small / "comparison.md").read_bytes()
+    compared = []
+    monkeypatch.setattr(demo, "compare", lambda *arguments: compared.append(arguments) or "")
     assert demo.main(["demo"]) == 0
-    assert (small / "comparison.md").read_bytes() == before
+    ((_, _, _, summaries),) = compared
+    assert summaries == {name: read_json(small / name / "summary.json") for name in expected}
 
 
 def test_a_stopped_demo_says_so_and_compares_nothing(small, monkeypatch, capsys):

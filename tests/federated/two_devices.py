@@ -70,9 +70,12 @@ def each_delta(update, block, chunk, pool, params=None):
     return deltas
 
 
+jitted = functools.cache(jax.jit)
+
+
 def alone(update, chunk, client, pool):
     keys, state, constants, plan = (take(part, client) for part in chunk)
-    return jax.jit(update)(linear_params(), keys, state, constants, plan, pool)[0]
+    return jitted(update)(linear_params(), keys, state, constants, plan, pool)[0]
 
 
 @functools.cache

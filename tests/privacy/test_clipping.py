@@ -93,8 +93,7 @@ def test_clipped_sum_equals_the_loop_over_units(size, loop):
     assert aux.value.non_finite == 0
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("size", [1, 2, SLOTS])
+@pytest.mark.parametrize(("size", "loop"), [(1, "drawn"), (2, "drawn"), (3, "capacity")])
 def test_sum_without_clipping_equals_the_loop_over_units(size, loop):
     params, units, keys = regression_problem()
     fn = compiled(summed_grad, regression_loss, size, loop)
@@ -192,15 +191,30 @@ def test_the_drawn_loop_visits_the_draw_alone():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-30, 1e-3, 1.0, 1e19, 1e30, 1e38])
+@pytest.mark.parametrize(
+    "scale", [0.0, 1e-36, 1e-30, 1e-3, 1.0, 1e14, 1e16, 1e19, 1e30, 8e37, 3e38]
+)
 @pytest.mark.parametrize("clip", [1e-30, 1e-6, 1.0, 1e6])
 def test_one_unit_weighs_at_most_one(scale, clip, size):
-    vectors = np.float32(scale) * random_vectors(2)
-    found, _ = clipped_sum(vectors, 1, clip=clip, size=size)
-    weight, true = norm(found), norm(vectors[0])
-    assert weight <= 1 + 1e-6
-    if scale < 1e38:  # beyond, 1 / norm leaves float32's range, and less is safe
-        np.testing.assert_allclose(weight, min(1.0, true / clip), rtol=1e-5, atol=1e-35)
+    for seed in range(3):
+        vectors = random_vectors(2, seed)
+        vectors = np.float32(scale) * (vectors / np.abs(vectors).max())
+        found, _ = clipped_sum(vectors, 1, clip=clip, size=size)
+        weight, true = norm(found), norm(vectors[0])
+        assert weight <= 1 + 1e-6
+        if scale < 8e37:  # beyond, 1 / norm leaves float32's range, and less is safe
+            np.testing.assert_allclose(weight, min(1.0, true / clip), rtol=1e-5, atol=1e-35)
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1, 2, SLOTS])
+def test_units_at_the_end_of_float32s_range_weigh_at_most_one_each(size, clip):
+    """Where the reciprocal of a magnitude is subnormal, and is flushed to zero."""
+    vectors = random_vectors()
+    vectors = np.float32(3.3e38) * (vectors / np.abs(vectors).max(1, keepdims=True))
+    vectors[0] /= 4
+    found, _ = clipped_sum(vectors, clip=clip, size=size)
+    assert norm(found) <= SLOTS * (1 + 1e-6)
 
 
 def test_huge_and_tiny_gradients_do_not_pass_the_clip_together():
@@ -250,10 +264,15 @@ def test_products_of_the_sum_are_never_rounded_to_the_backends_fast_format():
 # --- norms
 
 
-@pytest.mark.parametrize("scale", [1e-34, 1e-30, 1e-20, 1.0, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize(
+    "scale", [1e-34, 1e-30, 1e-20, 1e-15, 1e-14, 1.0, 1e14, 1e16, 1e19, 1e30, 7e37]
+)
 def test_global_norm_equals_float64_over_the_whole_range(scale):
     tree = {"a": np.float32(scale) * random_vectors(3), "b": np.float32(scale * 1e-3) * np.ones(4)}
     np.testing.assert_allclose(jax.jit(global_norm)(tree), norm(tree), rtol=1e-6)
+    both = jax.tree.map(lambda leaf: np.stack([leaf, 0.5 * leaf]), tree)
+    mapped = jax.jit(jax.vmap(global_norm))(both)
+    np.testing.assert_allclose(mapped, [norm(tree), 0.5 * norm(tree)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.5, 0.7, 0.77, 0.99])

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,28 +36,35 @@ def problem(seed=0, tiles=TILES):
     )
 
 
-def naive_loss(params, images, labels, num_tiles, keys, *, multiplicity, **options):
+@jax.jit
+def one_view(params, key, image, labels):
+    """The loss of one tile under one augmentation."""
+    image, truth = augment(key, image.astype(jnp.float32) / 255, labels)
+    return soft_dice_cross_entropy(apply(params, image[None], None)[0], truth)
+
+
+def naive_loss(params, images, labels, num_tiles, keys, multiplicity):
     """Tile by tile and view by view."""
     total = 0.0
     for tile in range(num_tiles):
-        views_key, apply_key = jax.random.split(keys[tile])
+        views_key, _ = jax.random.split(keys[tile])
         for index in range(multiplicity):
             key = jax.random.fold_in(views_key, index)
-            image, truth = augment(
-                key, images[tile].astype(jnp.float32) / 255, labels[tile], **options
-            )
-            logits = apply(params, image[None], apply_key)[0]
-            total += soft_dice_cross_entropy(logits, truth) / multiplicity
-    return total / max(num_tiles, 1)
+            total += one_view(params, key, images[tile], labels[tile]) / multiplicity
+    return total / num_tiles
+
+
+@functools.cache
+def compiled(multiplicity):
+    return jax.jit(segmentation_loss(apply, multiplicity=multiplicity))
 
 
 @pytest.mark.parametrize("num_tiles", [1, TILES])
 @pytest.mark.parametrize("multiplicity", [1, 3])
 def test_a_units_loss_equals_the_mean_over_its_tiles_and_views(num_tiles, multiplicity):
     params, images, labels, keys = problem()
-    loss = jax.jit(segmentation_loss(apply, multiplicity=multiplicity))
-    found = loss(params, images, labels, num_tiles, keys)
-    expected = naive_loss(params, images, labels, num_tiles, keys, multiplicity=multiplicity)
+    found = compiled(multiplicity)(params, images, labels, num_tiles, keys)
+    expected = naive_loss(params, images, labels, num_tiles, keys, multiplicity)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -71,12 +80,14 @@ def test_without_augmentation_it_is_the_loss_of_the_tiles():
     )
 
 
-def gradient(loss):
+@functools.cache
+def gradient():
+    loss = segmentation_loss(apply, multiplicity=2, hed_jitter=0.0)
     return jax.jit(jax.value_and_grad(loss))
 
 
 def test_padding_tiles_change_no_bit_of_loss_and_gradient():
-    grad = gradient(segmentation_loss(apply, multiplicity=2))
+    grad = gradient()
     params, images, labels, keys = problem()
     _, other_images, other_labels, _ = problem(1)
     expected = grad(params, images, labels, 1, keys)
@@ -89,7 +100,7 @@ def test_padding_tiles_change_no_bit_of_loss_and_gradient():
 
 
 def test_no_tiles_and_nothing_but_ignored_pixels_are_exactly_zero():
-    grad = gradient(segmentation_loss(apply, multiplicity=2))
+    grad = gradient()
     params, images, labels, keys = problem()
     blank = jnp.full_like(labels, IGNORE_INDEX)
     for found in (grad(params, images, labels, 0, keys), grad(params, images, blank, 2, keys)):
@@ -98,16 +109,16 @@ def test_no_tiles_and_nothing_but_ignored_pixels_are_exactly_zero():
 
 def test_units_mapped_together_do_not_see_each_other():
     """The same under vmap as alone, and no derivative crosses from one unit to another."""
-    loss = segmentation_loss(apply, multiplicity=2, hed_jitter=0.0)
     problems = [problem(seed) for seed in range(3)]
     params = problems[0][0]
     units = [jnp.stack(leaves) for leaves in zip(*(p[1:] for p in problems), strict=True)]
-    counts = jnp.array([3, 1, 2])
-    grad = jax.value_and_grad(loss)
-    mapped = jax.jit(jax.vmap(grad, (None, 0, 0, 0, 0)))(params, *units[:2], counts, units[2])
-    alone_fn = jax.jit(grad)
-    for unit in range(3):
-        alone = alone_fn(params, units[0][unit], units[1][unit], counts[unit], units[2][unit])
+    counts = (3, 1, 2)
+    mapped = jax.jit(jax.vmap(gradient(), (None, 0, 0, 0, 0)))(
+        params, *units[:2], jnp.array(counts), units[2]
+    )
+    for unit, count in enumerate(counts):
+        images, labels, keys = (leaf[unit] for leaf in units)
+        alone = gradient()(params, images, labels, count, keys)
         assert_trees_close(jax.tree.map(lambda leaf, i=unit: leaf[i], mapped), alone)
 
 

@@ -71,17 +71,20 @@ class ClippedGrad:
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """L2 norm of all leaves together, in float32.
+    """L2 norm of all leaves together, in float32; infinity where an element is not finite.
 
-    The leaves are scaled by their largest magnitude before squaring: a gradient whose square
-    overflows would otherwise have norm infinity, and one whose square underflows norm zero, and
-    either would pass its clip unseen.
+    A gradient whose square overflows would otherwise have norm infinity, and one whose square
+    underflows norm zero, and either would pass its clip unseen. So large and small leaves are
+    scaled before squaring: by a constant, for a division by the largest magnitude may be compiled
+    to a product with its reciprocal, which above 2**126 is subnormal and flushed to zero.
     """
     leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    squares = [jnp.sum(jnp.square(leaf / safe)) for leaf in leaves]
-    return jnp.where(jnp.isfinite(largest), safe * jnp.sqrt(sum(squares)), jnp.inf)
+    is_large, is_small = largest > 2.0**50, largest < 2.0**-50
+    scale = jnp.where(is_large, 2.0**-100, jnp.where(is_small, 2.0**100, 1.0))
+    inverse = jnp.where(is_large, 2.0**100, jnp.where(is_small, 2.0**-100, 1.0))
+    squares = [jnp.sum(jnp.square(leaf * scale)) for leaf in leaves]
+    return jnp.where(jnp.isfinite(largest), inverse * jnp.sqrt(sum(squares)), jnp.inf)
 
 
 def clip_by_norm(tree: Params, l2_clip_norm: Any) -> tuple[Params, Float[Array, ""]]:
