@@ -162,6 +162,9 @@ def client_input(
 ) -> CohortChunk:
     """One slot of `stack_chunk`: the draw, the keys and the constants of `site` in one round.
 
+    The same arguments give the same noise. A round that is run again from other parameters needs
+    another nonce: the difference of two messages of equal noise carries none.
+
     Args:
         site: the client.
         secrets: hold the site's secret.

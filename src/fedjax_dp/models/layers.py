@@ -266,11 +266,9 @@ class UpConv(nn.Module):
 
     Attributes:
         features: output channels.
-        variant: see `ConvVariant`.
     """
 
     features: int
-    variant: ConvVariant = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N 2*H 2*W O"]:
