@@ -21,7 +21,7 @@ from fedjax_dp.data.manifest import Manifest, ManifestError, Row, read_manifest
 from fedjax_dp.data.splits import SPLITS
 from fedjax_dp.reporting import contact_sheet
 
-_MANIFEST = flags.DEFINE_string("manifest", None, "The CSV file.", required=True)
+_MANIFEST = flags.DEFINE_string("manifest", "", "The CSV file; required.")
 _OUTPUT = flags.DEFINE_string("output", "runs/check_manifest", "Folder of pictures; empty: none.")
 _LABEL_MODE = flags.DEFINE_enum(
     "label_mode", "class", LABEL_MODES, "Whether masks hold classes or count objects."
@@ -218,6 +218,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the check with the flags of the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments {list(argv[1:])}. Write --manifest=FILE.")
+    if not _MANIFEST.value:
+        raise app.UsageError("Name the manifest: --manifest=FILE.")
     return check(
         _MANIFEST.value,
         _OUTPUT.value,

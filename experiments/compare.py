@@ -20,7 +20,7 @@ from fedjax_dp.reporting.summary import comparison_table, epsilon_text
 from fedjax_dp.results import comparison_row, finished
 
 _WORKDIRS = flags.DEFINE_string(
-    "workdirs", None, "Comma-separated; the first is the baseline.", required=True
+    "workdirs", "", "Comma-separated, required; the first is the baseline."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file to write; empty = the terminal.")
 
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> int:
     """Reads the summaries and writes the tables; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+    if not names(_WORKDIRS.value):
+        raise app.UsageError("Name the runs: --workdirs=runs/fedavg,runs/feddp.")
     summaries, statements = {}, {}
     for folder in map(pathlib.Path, names(_WORKDIRS.value)):
         summary = finished(folder)

@@ -93,12 +93,6 @@ def test_a_save_that_was_cut_off_is_absent_and_may_be_repeated(checkpoints, tmp_
     again.close()
 
 
-def test_a_state_of_other_shapes_is_refused(checkpoints):
-    checkpoints.save(state(1), position(1))
-    with pytest.raises(ValueError, match="shape"):
-        checkpoints.restore(state(size=4))
-
-
 # --- a warm start
 
 
