@@ -220,6 +220,7 @@ def test_a_replay_keeps_who_had_left(tmp_path):
 # --- secret randomness
 
 
+@pytest.mark.slow
 def test_secrets_are_kept_for_the_run_alone(tmp_path):
     config, folder = tiny(seed=-1), tmp_path / "run"
     modes = []

@@ -91,6 +91,7 @@ def test_the_summary_is_the_one_that_is_specified(plain):
     assert {"jax", "python", "fedjax_dp"} <= set(summary["versions"])
 
 
+@pytest.mark.slow
 def test_without_privacy_epsilon_is_infinite_and_every_output_says_so(tmp_path):
     changes = {"privacy.placement": "none", "privacy.noise_multiplier": 0.0}
     summary = run(tiny(**changes, **{"federation.rounds": 1}), tmp_path)
@@ -247,6 +248,7 @@ def assert_same_result(folder, whole):
         assert mine["test"][name] == pytest.approx(theirs["test"][name], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"clients_per_block": 2}, {"microbatch_size": 4}],
