@@ -27,8 +27,8 @@ _WEAK_POINTS = (
     "Numbers of units, sampling probabilities, capacities and weights are public.",
 )
 _NOT_ACCOUNTED = (
-    "everything logged under nonprivate/, checkpoints of client state, pictures and step times: "
-    "they must stay with who holds the data",
+    "everything logged under nonprivate/, checkpoints of client state, pictures, step times and "
+    "throughput (numbers of tiles drawn): they must stay with who holds the data",
     "other runs on the same data: epsilons of runs add up",
 )
 
