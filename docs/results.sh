@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind docs/results.md:   MANIFEST=path/to/manifest.csv bash docs/results.sh
-# Stopped, it goes on where it stood. About two hours on two cores.
+# Stopped, it goes on where it stood. See results.md for how long it takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${MANIFEST:?Set MANIFEST to the CSV of a federation with a split column.}"
@@ -30,7 +30,8 @@ LOCAL=(--config.federation.client_optimizer=adam --config.federation.client_lear
 DP_SGD=(--config.privacy.placement=dp_sgd --config.privacy.l2_clip_norm=0.5
   --config.privacy.expected_batch_size=56 --config.federation.server_learning_rate=1e-3
   --config.federation.server_schedule=cosine --config.federation.ema_decay=0.9)
-$PYTHON -m experiments.feddp --workdir="$RUNS/dp_sgd" "${REAL[@]}" "${DP_SGD[@]}"
+dp_sgd() { $PYTHON -m experiments.feddp --workdir="$RUNS/$1" "${REAL[@]}" "${DP_SGD[@]}"; }
+dp_sgd dp_sgd
 $PYTHON -m experiments.feddp --workdir="$RUNS/fedavg" "${REAL[@]}" "${LOCAL[@]}" \
   --config.privacy.placement=none --config.federation.local_steps=4 \
   --config.privacy.expected_batch_size=14
@@ -41,6 +42,33 @@ $PYTHON -m experiments.feddp --workdir="$RUNS/update" "${REAL[@]}" "${LOCAL[@]}"
   --config.federation.local_steps=2 --config.privacy.expected_batch_size=7
 $PYTHON -m experiments.compare --output="$RUNS/table.md" \
   --workdirs="$RUNS/fedavg,$RUNS/centralized,$RUNS/dp_sgd,$RUNS/update"
+
+# --- `dp_sgd` once more, killed in the middle of round 25, and the same command again.
+if [ ! -e "$RUNS/killed" ]; then
+  dp_sgd killed & sleep 1
+  until [ "$(wc -l < "$RUNS/killed/metrics.jsonl" 2>/dev/null || echo 0)" -ge 25 ]; do sleep 1; done
+  sleep 3; pkill -9 -f -- "--workdir=$RUNS/killed " || true; wait || true
+fi
+dp_sgd killed
+$PYTHON - "$RUNS/dp_sgd" "$RUNS/killed" <<'EOF'
+import json, pathlib, sys
+
+import jax, numpy as np, orbax.checkpoint as ocp
+
+def end(run):
+    folder = pathlib.Path(run, "checkpoints").absolute()
+    last = folder / str(max(int(path.name) for path in folder.glob("[0-9]*")))
+    position = json.loads((last / "position" / "metadata").read_text())
+    charges = pathlib.Path(run, "charges.jsonl").read_text().splitlines()
+    stated = json.loads(pathlib.Path(run, "privacy.json").read_text())["clients"]
+    epsilon = {client: entry["epsilon"] for client, entry in stated.items()}
+    return ocp.StandardCheckpointer().restore(last / "state"), position["ledger"], charges, epsilon
+
+(a, *rest_a), (b, *rest_b) = map(end, sys.argv[1:])
+same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
+print(f"{len(jax.tree.leaves(same))} arrays, all identical: {all(jax.tree.leaves(same))}")
+print("ledger, charges, epsilon identical:", *(x == y for x, y in zip(rest_a, rest_b)))
+EOF
 
 # --- What each setting was worth: a smaller network (base 8, depth 3), about 3,000 tiles a run.
 SMALL=(--config.model.base_channels=8 --config.model.depth=3)

@@ -76,6 +76,13 @@ def test_the_environment_holds_whatever_the_bytes_depend_on(monkeypatch, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(workdir, "_processor", lambda: "another")
         found.add(workdir.environment_hash(plan))
+    with monkeypatch.context() as patch:
+        # A process held to fewer cores sums in another order, however many the machine has.
+        patch.setattr(workdir.os, "sched_getaffinity", lambda pid: set(range(77)), raising=False)
+        found.add(workdir.environment_hash(plan))
+    with monkeypatch.context() as patch:
+        patch.setenv("NPROC", "3")
+        found.add(workdir.environment_hash(plan))
     for text in ("", "WIDTH = 3\n", "WIDTH = 4\n"):
         # A package whose source is another: a replay would send other messages.
         package = tmp_path / str(len(found))
@@ -84,7 +91,7 @@ def test_the_environment_holds_whatever_the_bytes_depend_on(monkeypatch, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(workdir.fedjax_dp, "__file__", str(package / "__init__.py"))
             found.add(workdir.environment_hash(plan))
-    assert len(found) == 9
+    assert len(found) == 11
     assert workdir.environment_hash(plan) == plain
 
 

@@ -49,7 +49,7 @@ def environment_hash(plan: dict[str, Any]) -> str:
     parts = {
         "versions": versions(),
         "device": [device.platform, device.device_kind, jax.device_count()],
-        "machine": [platform.machine(), _processor(), os.cpu_count()],
+        "machine": [platform.machine(), _processor(), *_parallelism()],
         "flags": [os.environ.get("XLA_FLAGS", ""), *(getattr(jax.config, n) for n in _SETTINGS)],
         "source": _source_digest(pathlib.Path(fedjax_dp.__file__).parent),
         "plan": plan,
@@ -64,6 +64,13 @@ def _source_digest(folder: pathlib.Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _parallelism() -> tuple[int | str, ...]:
+    """What XLA sizes its thread pool by: the cores this process may use, not those there are."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return cores, *(os.environ.get(name, "") for name in ("NPROC", "PJRT_NPROC"))
 
 
 def _processor() -> str:
