@@ -199,7 +199,7 @@ def _table(manifest: Manifest, sheets: dict[str, contact_sheet.Sheet]) -> str:
         foreground = diameter = "-"
         if sheet is not None:
             labelled = sheet.pixel_counts[:-1]
-            foreground = f"{labelled[1:].sum() / max(labelled.sum(), 1):.3f}"
+            foreground = f"{labelled[1:].sum() / max(int(labelled.sum()), 1):.3f}"
             if len(sheet.diameters):
                 diameter = f"{np.median(sheet.diameters):.1f} {sheet.unit}"
         mpp = _span([row.mpp for row, _ in rows if row.mpp is not None])

@@ -13,6 +13,7 @@ Two searches, because compression hides one kind from the other:
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -147,7 +148,8 @@ def _strips(gray: np.ndarray) -> np.ndarray:
     columns = gray[:, : width // _REDUCE * _REDUCE].reshape(height, -1, _REDUCE)
     reduced = columns.sum(-1, dtype=np.uint16).astype(np.float32) / (3 * _REDUCE)
     half = _STRIP // 2
-    rows = sum(reduced[i : height - half + 1 + i] for i in range(half)) / half
+    shifted = [reduced[i : height - half + 1 + i] for i in range(half)]
+    rows = functools.reduce(np.add, shifted) / half
     return np.stack([rows[:-half], rows[half:]], axis=1).astype(np.float16)
 
 
