@@ -1,6 +1,7 @@
 """The configuration: what decides a result, what only its speed, and that all of it is a flag."""
 
 import dataclasses
+import inspect
 import json
 import re
 
@@ -63,7 +64,8 @@ def test_every_section_is_a_dataclass_of_plain_values():
 
 @pytest.mark.parametrize("make", [*SECTIONS.values(), Config])
 def test_every_field_is_explained(make):
-    explained = re.findall(r"^ {8}(\w+): ", make.__doc__, re.MULTILINE)
+    # Python 3.13 strips the indentation that older ones keep.
+    explained = re.findall(r"^ {4}(\w+): ", inspect.cleandoc(make.__doc__), re.MULTILINE)
     assert explained == [field.name for field in dataclasses.fields(make)]
 
 
