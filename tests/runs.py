@@ -92,21 +92,25 @@ compile_programs = assembly.compile_programs
 _PROGRAMS = {}
 
 
-def remembered_programs(config, device, chunk):
+def remembered_programs(config, device, chunk, release):
     """`assembly.compile_programs`, kept by all that the programs depend on."""
     settings = dataclasses.asdict(config.federation)
     if config.federation.server_schedule == "constant":
         del settings["rounds"]
-    for name in ("weights", "pooled", "cohort", "cohort_size", "cohort_prob"):
+    for name in ("weights", "pooled", "cohort", "cohort_size", "cohort_prob", "dropout_prob"):
         del settings[name]
     model = dataclasses.asdict(config.model) | {"init_from": ""}
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (chunk, device.pool))
+    privacy = dataclasses.asdict(config.privacy)
+    if config.privacy.placement != "distributed":  # its encoding depends on the noise
+        adaptive = ("adaptive_clip", "clip_quantile", "clip_learning_rate")
+        privacy = {name: privacy[name] for name in ("placement", *adaptive)}
+    arrays = (chunk, release, device.pool, device.state)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), arrays)
     parts = (
-        settings, model, config.objective, config.privacy.placement, config.execution,
-        config.data.tile_size, shapes,
+        settings, model, config.objective, privacy, config.execution, config.data.tile_size, shapes,
     )  # fmt: skip
     if (key := repr(parts)) not in _PROGRAMS:
-        _PROGRAMS[key] = compile_programs(config, device, chunk)
+        _PROGRAMS[key] = compile_programs(config, device, chunk, release)
     return _PROGRAMS[key]
 
 

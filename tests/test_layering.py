@@ -25,10 +25,48 @@ LAYERS = (
 """A file imports from its own layer and those before it; a module that is named nowhere here
 (configuration, assembly, checkpoints, the host loop) is above all of them."""
 
-HOST_ONLY = ("secrets", "ledger", "accounting", "mechanism", "statement")
+HOST_ONLY = (
+    "secrets",
+    "ledger",
+    "events",
+    "pld",
+    "renyi",
+    "discrete_gaussian",
+    "accounting",
+    "calibration",
+    "settings",
+    "guarantees",
+    "mechanism",
+    "budgets",
+    "fixed_point",
+    "secret_sharing",
+    "secure_aggregation",
+    "statement",
+    "journal",
+    "run_records",
+    "register",
+    "composition",
+    "across_runs",
+)
 """Files of `privacy/` that run before, or without, a device."""
 
-PRIVACY_MAY_IMPORT = {"mechanism": {"accounting"}, "statement": {"mechanism", "accounting"}}
+PRIVACY_MAY_IMPORT = {
+    "clipping": {"blocks"},
+    "quantisation": {"blocks", "clipping", "discrete_gaussian"},  # a unit is clipped before it is quantised
+    "pld": {"events"},
+    "renyi": {"events"},
+    "accounting": {"events", "pld", "renyi"},
+    "calibration": {"accounting", "events"},
+    "guarantees": {"accounting", "discrete_gaussian", "events", "settings"},
+    "mechanism": {"calibration", "guarantees", "settings"},
+    "budgets": {"guarantees", "mechanism", "settings"},
+    "secure_aggregation": {"fixed_point", "secret_sharing"},
+    "statement": {"mechanism", "accounting", "events", "guarantees"},
+    "ledger": {"journal"},
+    "register": {"journal", "run_records"},
+    "composition": {"accounting", "events"},
+    "across_runs": {"composition", "mechanism", "run_records"},
+}
 """Which files of `privacy/` may know which others; all the rest stand alone."""
 
 

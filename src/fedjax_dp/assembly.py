@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from fedjax_dp.checkpoint import load_params
-from fedjax_dp.config import Config, names
+from fedjax_dp.config import Config, by_site, names
 from fedjax_dp.data import units
 from fedjax_dp.data.federation import Federation, federation_from_manifest
 from fedjax_dp.data.sampling import draw_cohort
@@ -20,17 +20,24 @@ from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable
 from fedjax_dp.evaluation import Evaluator
 from fedjax_dp.federated import cohort
+from fedjax_dp.federated.aggregators import noised_sum, secure_sum
 from fedjax_dp.federated.algorithms.base import FederatedAlgorithm, ServerState
 from fedjax_dp.federated.algorithms.fed_avg import fed_avg
+from fedjax_dp.federated.algorithms.opened_sum import opened_sum
 from fedjax_dp.federated.client import client_update
 from fedjax_dp.federated.rounds import Site
+from fedjax_dp.federated.share import masked_share
 from fedjax_dp.models.layers import default_conv_variant
 from fedjax_dp.models.unet import unet
 from fedjax_dp.optimizers import make_optimizer
-from fedjax_dp.privacy.mechanism import make_mechanisms
+from fedjax_dp.privacy.adaptive_clipping import adaptive_clipping
+from fedjax_dp.privacy.budgets import SiteBudget, make_mechanisms
+from fedjax_dp.privacy.fixed_point import fixed_point
+from fedjax_dp.privacy.mechanism import Mechanism
+from fedjax_dp.privacy.noise import NOISE_REACH
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.objective import segmentation_loss
-from fedjax_dp.typing import ApplyFn, TilePool
+from fedjax_dp.typing import ApplyFn, ServerRelease, TilePool
 
 POOLED = "pooled"
 """Name of the one client of centralised training."""
@@ -91,6 +98,32 @@ def pool_sites(federation: Federation) -> Federation:
     return dataclasses.replace(federation, train=train)
 
 
+def with_clients(config: Config, federation: Federation) -> Federation:
+    """The federation whose training tiles belong to the clients that the configuration names.
+
+    Raises:
+        ValueError: patients shall be clients, and some are unknown.
+    """
+    settings, train = config.federation, federation.train
+    if settings.clients not in ("site", "patient"):
+        raise ValueError(
+            f"Expected federation.clients 'site' or 'patient', got {settings.clients!r}."
+        )
+    if settings.pooled:
+        return pool_sites(federation)
+    if settings.clients == "site":
+        return federation
+    if unknown := units.sites_without_patients(train):
+        raise ValueError(
+            "Expected every patient to be known with federation.clients=patient, got unknown ones "
+            f"at {', '.join(unknown)}. Fill the manifest's patient column, or leave them out."
+        )
+    owners, site = np.unique(train.patient, return_inverse=True)
+    names_ = tuple(train.patients[owner] for owner in owners)
+    train = dataclasses.replace(train, sites=names_, site=site.astype(np.int32))
+    return dataclasses.replace(federation, train=train)
+
+
 def _draw(config: Config, bar: Any) -> Federation:
     def progress(drawn: int, total: int) -> None:
         bar.total = total
@@ -125,12 +158,19 @@ class Sites(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def make_sites(config: Config, federation: Federation, *, cache_dir: str | None = None) -> Sites:
+def make_sites(
+    config: Config,
+    federation: Federation,
+    *,
+    dimension: int | None = None,
+    cache_dir: str | None = None,
+) -> Sites:
     """Units, mechanisms and public weights of every site.
 
     Args:
         config: the run's.
         federation: with the training tiles.
+        dimension: number of parameters; needed by the discrete Gaussian alone.
         cache_dir: where calibrations are kept.
 
     Raises:
@@ -148,42 +188,114 @@ def make_sites(config: Config, federation: Federation, *, cache_dir: str | None 
     if privacy.max_tiles_per_patient:
         table = cap_tiles(table, privacy.max_tiles_per_patient)
     unit_tiles = {site: units.unit_index(table, site, unit).tiles for site in table.sites}
+    num_units = {site: len(tiles) for site, tiles in unit_tiles.items()}
+    _check_cohort(config, len(num_units))
+    settings = config.federation
+    weights = _weights(config, num_units)
     made = make_mechanisms(
-        {site: len(tiles) for site, tiles in unit_tiles.items()},
+        num_units,
         placement=privacy.placement,  # type: ignore[arg-type]
         unit=unit,  # type: ignore[arg-type]
-        expected_batch_size=privacy.expected_batch_size,
-        local_steps=config.federation.local_steps,
-        rounds=config.federation.rounds,
+        expected_batch_size=None if privacy.sampling_prob else privacy.expected_batch_size,
+        sampling_prob=privacy.sampling_prob or None,
+        local_steps=settings.local_steps,
+        rounds=settings.rounds,
         l2_clip_norm=privacy.l2_clip_norm,
         noise_multiplier=privacy.noise_multiplier or None,
         target_epsilon=None if privacy.noise_multiplier else privacy.target_epsilon,
         target_delta=privacy.target_delta,
         tiles_per_unit=1 if unit == "tile" else privacy.tiles_per_unit,
         max_units_per_patient=_units_cap(config, table, unit),
+        relation=privacy.relation,  # type: ignore[arg-type]
+        nominal_num_units=privacy.nominal_num_units or None,
+        noise=privacy.noise,  # type: ignore[arg-type]
+        dimension=dimension,
+        max_dropouts=privacy.max_dropouts,
+        cohort_prob=(settings.cohort_prob or 1.0) if privacy.placement == "central" else 1.0,
+        weights=weights,
+        is_adaptive=privacy.adaptive_clip,
+        protects=privacy.protects,  # type: ignore[arg-type]
+        is_equal_average=settings.cohort == "all" and settings.weights == "uniform",
+        budgets=_budgets(config),
         cache_dir=cache_dir,
     )
-    if config.federation.weights not in ("units", "uniform"):
-        raise ValueError(
-            f"Expected federation.weights 'units' or 'uniform', got {config.federation.weights!r}."
-        )
+    if settings.weights == "inverse_variance":
+        weights = {name: _precision(mechanism) for name, mechanism in made.mechanisms.items()}
     sites = tuple(
         Site(
             name=name,
             unit_tiles=unit_tiles[name],
             mechanism=mechanism,
-            weight=float(len(unit_tiles[name])) if config.federation.weights == "units" else 1.0,
+            weight=weights[name],
+            index=index,
         )
-        for name, mechanism in made.mechanisms.items()
-    )
-    draw_cohort(  # a trial, so that a mistake is told here and not in the first round
-        np.random.default_rng(0),
-        len(sites),
-        mode=config.federation.cohort,  # type: ignore[arg-type]
-        size=config.federation.cohort_size or None,
-        prob=config.federation.cohort_prob or None,
+        for index, (name, mechanism) in enumerate(made.mechanisms.items())
     )
     return Sites(sites, unit, note, made.warnings)
+
+
+def _check_cohort(config: Config, num_clients: int) -> None:
+    """Tells a mistake here and not in the first round."""
+    settings, placement = config.federation, config.privacy.placement
+    draw_cohort(  # a trial
+        np.random.default_rng(0),
+        num_clients,
+        mode=settings.cohort,  # type: ignore[arg-type]
+        size=settings.cohort_size or None,
+        prob=settings.cohort_prob or None,
+    )
+    allowed = {"distributed": ("all",), "central": ("all", "poisson")}
+    if settings.cohort not in allowed.get(placement, (settings.cohort,)):
+        raise ValueError(
+            f"Expected federation.cohort in {allowed[placement]} for placement {placement}, got "
+            f"{settings.cohort!r}: that is what its accounting is proven for."
+        )
+    if not 0 <= settings.dropout_prob < 1 or (settings.dropout_prob and placement != "distributed"):
+        raise ValueError(
+            "Expected 0 <= federation.dropout_prob < 1, and 0 without placement distributed, got "
+            f"{settings.dropout_prob}."
+        )
+
+
+def _weights(config: Config, num_units: Mapping[str, int]) -> dict[str, float]:
+    """Public weights of the clients; those by precision follow the noise, and come later."""
+    weights, privacy = config.federation.weights, config.privacy
+    if weights not in ("units", "uniform", "inverse_variance"):
+        raise ValueError(
+            "Expected federation.weights 'units', 'uniform' or 'inverse_variance', got "
+            f"{weights!r}."
+        )
+    if weights == "units" and privacy.relation == "add_or_remove":
+        raise ValueError(
+            "Expected federation.weights 'uniform' under the relation add_or_remove, got 'units': "
+            "there the number of units is private."
+        )
+    if weights == "inverse_variance" and privacy.placement not in ("dp_sgd", "update"):
+        raise ValueError(
+            "Expected federation.weights 'units' or 'uniform' for placement "
+            f"{privacy.placement}, got 'inverse_variance': no delta there has noise of its own."
+        )
+    is_by_units = weights == "units"
+    return {name: float(n) if is_by_units else 1.0 for name, n in num_units.items()}
+
+
+def _precision(mechanism: Mechanism) -> float:
+    """1 / variance of the noise on the client's delta, up to a factor that all have in common."""
+    divisor = mechanism.expected_batch_size if mechanism.placement == "dp_sgd" else 1.0
+    return (divisor / mechanism.noise_stddev) ** 2
+
+
+def _budgets(config: Config) -> dict[str, SiteBudget]:
+    fields = ("target_epsilon", "noise_multiplier", "sampling_prob")
+    given = {
+        field: by_site(getattr(config.privacy, f"{field}_by_site"), f"privacy.{field}_by_site")
+        for field in fields
+    }
+    sites = dict.fromkeys(site for numbers in given.values() for site in numbers)
+    return {
+        site: SiteBudget(**{field: numbers.get(site) for field, numbers in given.items()})
+        for site in sites
+    }
 
 
 def cap_tiles(table: TileTable, cap: int) -> TileTable:
@@ -238,6 +350,7 @@ class Device(NamedTuple):
         apply: the model.
         state: the initial state, on the devices.
         pool: the training tiles, on the devices.
+        num_words: length of a message under secure aggregation.
     """
 
     mesh: Mesh
@@ -246,61 +359,64 @@ class Device(NamedTuple):
     apply: ApplyFn
     state: ServerState
     pool: TilePool
+    num_words: int
 
 
-def make_device(config: Config, federation: Federation, init_key: Any) -> Device:
-    """Model, algorithm, initial state and tile pool, placed on the devices.
+class Model(NamedTuple):
+    """The network of a run.
 
-    Args:
-        config: the run's.
-        federation: its training tiles become the pool.
-        init_key: typed key of the initial parameters.
+    Attributes:
+        init: `init(key) -> params`.
+        apply: see `typing.ApplyFn`.
+        dimension: number of parameters.
+        conv_variant: resolved.
     """
-    execution, settings = config.execution, config.federation
-    mesh = cohort.client_mesh(execution.devices)
-    variant = execution.conv_variant
+
+    init: Callable[[Any], Any]
+    apply: ApplyFn
+    dimension: int
+    conv_variant: str
+
+
+def make_model(config: Config, num_classes: int) -> Model:
+    """The network that `config.model` describes."""
+    variant = config.execution.conv_variant
     if variant == "auto":
         variant = default_conv_variant(jax.default_backend())
-    # A loop over single units is fastest on CPU; a GPU wants many at once.
-    on_cpu = jax.default_backend() == "cpu"
-    microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
     model = config.model
     init, apply = unet(
-        len(federation.class_names),
+        num_classes,
         base_channels=model.base_channels,
         depth=model.depth,
         num_groups=model.num_groups,
         standardize=model.standardize,
         conv_variant=variant,  # type: ignore[arg-type]
     )
-    update = client_update(
-        segmentation_loss(apply, **vars(config.objective)),
-        make_optimizer(
-            settings.client_optimizer, settings.client_learning_rate, settings.client_momentum
-        ),
-        placement=config.privacy.placement,  # type: ignore[arg-type]
-        microbatch_size=microbatch_size,
-    )
-    if settings.server_schedule not in ("constant", "cosine"):
-        raise ValueError(
-            "Expected federation.server_schedule 'constant' or 'cosine', got "
-            f"{settings.server_schedule!r}."
-        )
-    algorithm = fed_avg(
-        update,
-        make_optimizer(
-            settings.server_optimizer,
-            settings.server_learning_rate,
-            settings.server_momentum,
-            decay_steps=settings.rounds if settings.server_schedule == "cosine" else 0,
-        ),
-        ema_decay=settings.ema_decay,
-        clients_per_block=execution.clients_per_block,
-        mesh=mesh,
-    )
-    params = init(init_key)
-    if model.init_from:
-        params = load_params(pathlib.Path(model.init_from) / "checkpoints", params)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(init, apply, sum(leaf.size for leaf in jax.tree.leaves(shapes)), variant)
+
+
+def make_device(
+    config: Config, federation: Federation, model: Model, sites: Sites, init_key: Any
+) -> Device:
+    """Algorithm, initial state and tile pool, placed on the devices.
+
+    Args:
+        config: the run's.
+        federation: its training tiles become the pool.
+        model: from `make_model`.
+        sites: from `make_sites`.
+        init_key: typed key of the initial parameters.
+    """
+    execution = config.execution
+    mesh = cohort.client_mesh(execution.devices)
+    # A loop over single units is fastest on CPU; a GPU wants many at once.
+    on_cpu = jax.default_backend() == "cpu"
+    microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
+    params = model.init(init_key)
+    if config.model.init_from:
+        params = load_params(pathlib.Path(config.model.init_from) / "checkpoints", params)
+    algorithm = _algorithm(config, model, sites, params, mesh, microbatch_size)
     everywhere = cohort.replicated(mesh)
     table = federation.train
     return Device(
@@ -309,22 +425,86 @@ def make_device(config: Config, federation: Federation, init_key: Any) -> Device
             "clients_per_block": execution.clients_per_block,
             "microbatch_size": microbatch_size,
             "devices": mesh.size,
-            "conv_variant": variant,
+            "conv_variant": model.conv_variant,
         },
         algorithm=algorithm,
-        apply=apply,
+        apply=model.apply,
         state=jax.device_put(algorithm.init(params), everywhere),
         pool=jax.device_put(TilePool(table.images, table.labels), everywhere),
+        num_words=model.dimension + config.privacy.adaptive_clip,
     )
 
 
-def compile_programs(config: Config, device: Device, chunk: cohort.CohortChunk) -> Programs:
+def _algorithm(
+    config: Config, model: Model, sites: Sites, params: Any, mesh: Mesh, microbatch_size: int
+) -> FederatedAlgorithm:
+    settings, privacy = config.federation, config.privacy
+    loss_fn = segmentation_loss(model.apply, **vars(config.objective))
+    if settings.server_schedule not in ("constant", "cosine"):
+        raise ValueError(
+            "Expected federation.server_schedule 'constant' or 'cosine', got "
+            f"{settings.server_schedule!r}."
+        )
+    server_optimizer = make_optimizer(
+        settings.server_optimizer,
+        settings.server_learning_rate,
+        settings.server_momentum,
+        decay_steps=settings.rounds if settings.server_schedule == "cosine" else 0,
+    )
+    adaptive = None
+    if privacy.adaptive_clip:
+        adaptive = adaptive_clipping(privacy.clip_quantile, privacy.clip_learning_rate)
+    common: dict[str, Any] = {
+        "ema_decay": settings.ema_decay,
+        "clients_per_block": config.execution.clients_per_block,
+        "mesh": mesh,
+        "adaptive": adaptive,
+        "num_sites": len(sites.sites),
+    }
+    if privacy.placement == "distributed":
+        encoding = _encoding([site.mechanism for site in sites.sites])
+        share = masked_share(
+            loss_fn, microbatch_size=microbatch_size, is_adaptive=adaptive is not None, **encoding
+        )
+        opened = secure_sum(params, encoding["step"], has_count=adaptive is not None)
+        return opened_sum(share, server_optimizer, opened, **common)
+    update = client_update(
+        loss_fn,
+        make_optimizer(
+            settings.client_optimizer, settings.client_learning_rate, settings.client_momentum
+        ),
+        placement=privacy.placement,  # type: ignore[arg-type]
+        microbatch_size=microbatch_size,
+        is_adaptive=adaptive is not None,
+    )
+    if privacy.placement == "central":
+        return opened_sum(update, server_optimizer, noised_sum(), **common)
+    return fed_avg(update, server_optimizer, **common)
+
+
+def _encoding(mechanisms: Sequence[Mechanism]) -> dict[str, Any]:
+    """How messages become words, from public numbers: no sum of them can leave its word."""
+    first = mechanisms[0]
+    if first.noise == "discrete_gaussian":
+        return {"step": 1.0 / first.levels, "levels": first.levels}
+    # A share is largest when the fewest clients are left to share.
+    share = first.share_stddev(first.min_sharing) / first.l2_clip_norm
+    reach = max(m.capacity for m in mechanisms) + NOISE_REACH * share
+    count = max(m.count_share_stddev(first.min_sharing) for m in mechanisms)
+    max_abs = max(reach, max(m.capacity for m in mechanisms) / 2 + NOISE_REACH * count)
+    return {"step": fixed_point(max_abs, len(mechanisms)).step, "max_abs": max_abs}
+
+
+def compile_programs(
+    config: Config, device: Device, chunk: cohort.CohortChunk, release: ServerRelease
+) -> Programs:
     """Compiles every program for the shapes of `chunk`, ahead of the first round.
 
     Args:
         config: the run's.
         device: from `make_device`.
         chunk: a chunk of the shapes and sharding that every call will have.
+        release: a release of the shapes that every call will have.
     """
     start = time.perf_counter()
     algorithm, state = device.algorithm, device.state
@@ -337,7 +517,9 @@ def compile_programs(config: Config, device: Device, chunk: cohort.CohortChunk) 
         .compile()
     )
     # The state is not donated: a run that is stopped between call and assignment still has it.
-    finish = jax.jit(algorithm.finish, out_shardings=everywhere).lower(state, acc).compile()
+    finish = (
+        jax.jit(algorithm.finish, out_shardings=everywhere).lower(state, acc, release).compile()
+    )
     evaluator = Evaluator(
         device.apply,
         state.params,

@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
 
 
@@ -91,8 +92,10 @@ class PrivacyConfig:
     """What is protected, and how strongly.
 
     Attributes:
-        placement: "dp_sgd" (noise in every local step), "update" (noise on the model update) or
-            "none".
+        placement: "dp_sgd" (noise in every local step), "update" (noise on the model update),
+            "distributed" (shares of noise under secure aggregation), "central" (noise by a trusted
+            server), "update_unclipped" (noise without a clip: no guarantee) or "none".
+        protects: of "update" and "central", whom target_epsilon is for: the "client" or the "unit".
         unit: "tile", "slide", "patient", or "auto": the largest that the data knows everywhere.
         l2_clip_norm: of a unit's gradient (dp_sgd) or of the model update (update).
         noise_multiplier: noise std / sensitivity; 0 = calibrate to `target_epsilon`.
@@ -100,18 +103,44 @@ class PrivacyConfig:
             (then noise_multiplier must be given).
         target_delta: delta at which epsilon is stated.
         expected_batch_size: units a client draws in a step, on average; at most its units.
+        sampling_prob: the probability of each unit in a step, instead, the same at every client;
+            0 = as expected_batch_size says.
+        target_epsilon_by_site: "site=4,other=2": budgets of their own; empty = none.
+        noise_multiplier_by_site: the same for the noise, with placements that do not share it.
+        sampling_prob_by_site: the same for the probability of a unit.
+        relation: "zero_out", or "add_or_remove", where the number of units is private: then
+            sampling_prob and nominal_num_units are declared, and weights are "uniform".
+        nominal_num_units: units of a client under "add_or_remove", declared without the data.
+        noise: "gaussian", or with "distributed" "discrete_gaussian", exact in integers.
+        max_dropouts: clients that "distributed" may lose in a round; more abort it.
+        adaptive_clip: whether the clip norm follows `clip_quantile` of the norms, by a noised count
+            that is part of the budget; l2_clip_norm is then the first.
+        clip_quantile: the fraction of norms that shall be below the clip norm.
+        clip_learning_rate: of the logarithm of the clip norm.
         tiles_per_unit: T, the tiles of a drawn unit that enter its gradient; with unit = tile, 1.
         max_tiles_per_patient: k, an enforced cap on the tiles of a patient in training, so that a
             tile guarantee has a patient conversion; 0 = no cap.
     """
 
     placement: str = "dp_sgd"
+    protects: str = "client"
     unit: str = "auto"
     l2_clip_norm: float = 1.0
     noise_multiplier: float = 0.0
     target_epsilon: float = 8.0
     target_delta: float = 1e-5
     expected_batch_size: float = 16.0
+    sampling_prob: float = 0.0
+    target_epsilon_by_site: str = ""
+    noise_multiplier_by_site: str = ""
+    sampling_prob_by_site: str = ""
+    relation: str = "zero_out"
+    nominal_num_units: int = 0
+    noise: str = "gaussian"
+    max_dropouts: int = 0
+    adaptive_clip: bool = False
+    clip_quantile: float = 0.5
+    clip_learning_rate: float = 0.2
     tiles_per_unit: int = 4
     max_tiles_per_patient: int = 0
 
@@ -131,11 +160,14 @@ class FederationConfig:
         server_momentum: its momentum, where it has one.
         server_schedule: "constant" or "cosine" (to zero over the rounds).
         ema_decay: of the server's averaged parameters, which are what is evaluated; 0 = none.
-        weights: "units" (each site's public number of units) or "uniform".
+        weights: "units" (each site's public number of units), "uniform", or "inverse_variance" (of
+            the noise on its delta). "distributed" weighs every drawn unit the same.
         pooled: all sites as ONE client: centralised training, the upper bound.
+        clients: who is a client: each "site", or each "patient", for "central".
         cohort: clients of a round: "all", "fixed" (cohort_size of them) or "poisson".
         cohort_size: with "fixed".
         cohort_prob: with "poisson".
+        dropout_prob: with which a client is lost in a round, to simulate "distributed".
     """
 
     rounds: int = 100
@@ -150,9 +182,11 @@ class FederationConfig:
     ema_decay: float = 0.95
     weights: str = "units"
     pooled: bool = False
+    clients: str = "site"
     cohort: str = "all"
     cohort_size: int = 0
     cohort_prob: float = 0.0
+    dropout_prob: float = 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -221,6 +255,29 @@ _ONLY_SPEED = ("execution", "eval_every", "checkpoint_every")
 def names(comma_separated: str) -> tuple[str, ...]:
     """The names in a comma-separated string; none in an empty one."""
     return tuple(name.strip() for name in comma_separated.split(",") if name.strip())
+
+
+def by_site(numbers: str, name: str) -> dict[str, float]:
+    """The number of each site in "site=4,other=2"; none in an empty string.
+
+    Args:
+        numbers: comma-separated pairs.
+        name: of the setting, for the error.
+
+    Raises:
+        ValueError: a pair is not one, or a site is named twice.
+    """
+    found: dict[str, float] = {}
+    for pair in names(numbers):
+        site, _, number = (part.strip() for part in pair.rpartition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not site or math.isnan(value) or site in found:
+            raise ValueError(f"Expected {name} like site=4,other=2, got {numbers!r} at {pair!r}.")
+        found[site] = value
+    return found
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_dp.assembly import Sites, make_device
+from fedjax_dp.assembly import Sites, make_model
 from fedjax_dp.checkpoint import Position, load_params
 from fedjax_dp.config import Config
 from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.tiles import IGNORE_INDEX, TileTable
 from fedjax_dp.evaluation import Evaluator
+from fedjax_dp.federated.cohort import client_mesh
 from fedjax_dp.privacy.statement import statement
 from fedjax_dp.reporting import pictures
 from fedjax_dp.reporting.log import write_json
@@ -142,14 +143,14 @@ def predict(
     config: Config, federation: Federation, folder: pathlib.Path, images: np.ndarray
 ) -> np.ndarray:
     """Label maps uint8 [N, H, W] of images uint8 [N, H, W, 3] by the run saved in `folder`."""
-    device = make_device(config, federation, jax.random.key(0))
-    params = load_params(folder / "checkpoints", device.state.params)
+    model = make_model(config, len(federation.class_names))
+    params = load_params(folder / "checkpoints", jax.eval_shape(model.init, jax.random.key(0)))
     evaluator = Evaluator(
-        device.apply,
+        model.apply,
         params,
         tile_size=images.shape[1],
         batch_size=config.execution.eval_batch_size,
-        mesh=device.mesh,
+        mesh=client_mesh(config.execution.devices),
     )
     return evaluator.predictions(params, images)
 

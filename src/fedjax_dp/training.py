@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fedjax_dp import assembly, results, workdir
 from fedjax_dp.assembly import Device, Programs, Sites
 from fedjax_dp.checkpoint import Checkpoints, Position
-from fedjax_dp.config import Config, check, config_hash
+from fedjax_dp.config import Config, by_site, check, config_hash
 from fedjax_dp.data.federation import Federation, fingerprint
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
@@ -26,10 +26,11 @@ from fedjax_dp.interrupts import Stopped, noted_signals
 from fedjax_dp.privacy.clipping import UnitSums
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
 from fedjax_dp.privacy.secrets import Secrets
+from fedjax_dp.privacy.secure_aggregation import AbortedRoundError
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.metrics import summarise
-from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate
+from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate, ServerRelease
 
 
 class Run(NamedTuple):
@@ -86,8 +87,7 @@ def run(
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
         federation = assembly.load_federation(config, progress=progress)
-    if config.federation.pooled:
-        federation = assembly.pool_sites(federation)
+    federation = assembly.with_clients(config, federation)
     data_fingerprint = fingerprint(federation)
     workdir.check(folder, experiment, config, data_fingerprint)
     secrets_path = folder / "secrets"
@@ -96,15 +96,23 @@ def run(
         if secrets_path.exists():
             secrets_path.unlink()
         return finished
+    model = assembly.make_model(config, len(federation.class_names))
     with busy("Calibrating noise and capacity", show=progress):
-        sites = assembly.make_sites(config, federation, cache_dir=str(folder / "calibration"))
+        sites = assembly.make_sites(
+            config,
+            federation,
+            dimension=model.dimension,
+            cache_dir=str(folder / "calibration"),
+        )
     for line in results.describe(config, federation, sites):
         say(line)
-    device = assembly.make_device(config, federation, jax.random.key(max(config.seed, 0)))
+    device = assembly.make_device(
+        config, federation, model, sites, jax.random.key(max(config.seed, 0))
+    )
     per_chunk = device.mesh.size * config.execution.clients_per_block
     with busy("Compiling", show=progress):
-        chunk = _example_chunk(device, sites, per_chunk)
-        programs = assembly.compile_programs(config, device, chunk)
+        chunk, release = _examples(device, sites, per_chunk)
+        programs = assembly.compile_programs(config, device, chunk, release)
     say(f"Compiled in {programs.compile_seconds:.1f} s.")
     workdir.claim(folder, experiment, config, data_fingerprint)
     with contextlib.ExitStack() as stack:
@@ -133,6 +141,8 @@ def run(
             cohort_mode=config.federation.cohort,
             cohort_size=config.federation.cohort_size or None,
             cohort_prob=config.federation.cohort_prob or None,
+            num_words=device.num_words,
+            dropout_prob=config.federation.dropout_prob,
         )
         state, position = _rounds(this, maker, state, position, stop, progress)
         summary = results.finish(
@@ -254,8 +264,13 @@ def _one_round(
                     f"Round {made.round_index + 1}: the message of client {client!r} is not "
                     "finite. Lower the learning rates; the last checkpoint is whole."
                 )
+    try:
+        release = _placed(made.release(), this.device)
+    except AbortedRoundError as aborted:
+        this.say(f"Round {made.round_index + 1} opened nothing: {aborted}")
+        return state, _Work(infos, tiles, device_seconds)
     start = time.perf_counter()
-    state = this.programs.finish(state, acc)
+    state = this.programs.finish(state, acc, release)
     jax.block_until_ready(state)
     device_seconds += time.perf_counter() - start
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params))):
@@ -308,6 +323,7 @@ def _line(
         "epsilon": {"max": worst, "per_client": epsilon},
         "clients": list(made.clients),
         "left": list(made.left),
+        "dropped": list(made.dropped),
     } | unwrap_nonprivate(nonprivate)
 
 
@@ -367,21 +383,34 @@ def _digest(params: Any) -> str:
 def _limits(config: Config, sites: Sites) -> dict[str, int]:
     """Rounds each client's budget allows, computed beforehand."""
     privacy = config.privacy
-    if privacy.placement == "none" or not privacy.target_epsilon:
+    if privacy.placement in ("none", "update_unclipped"):  # no epsilon that a budget could bound
         return {}
+    own = by_site(privacy.target_epsilon_by_site, "privacy.target_epsilon_by_site")
+    targets = {site.name: own.get(site.name, privacy.target_epsilon) for site in sites.sites}
     return {
-        site.name: site.mechanism.max_rounds(privacy.target_epsilon, privacy.target_delta)
+        site.name: site.mechanism.max_rounds(targets[site.name], privacy.target_delta)
         for site in sites.sites
+        if targets[site.name]
     }
 
 
-def _example_chunk(device: Device, sites: Sites, clients_per_chunk: int) -> cohort.CohortChunk:
-    """A chunk of the shapes every chunk has, holding nobody's randomness."""
+def _examples(
+    device: Device, sites: Sites, clients_per_chunk: int
+) -> tuple[cohort.CohortChunk, ServerRelease]:
+    """A chunk and a release of the shapes every one has, holding nobody's randomness."""
     mechanism = sites.sites[0].mechanism
-    slots = max(site.mechanism.capacity for site in sites.sites)
+    slots = max(site.num_slots for site in sites.sites)
     steps, tiles = mechanism.local_steps, mechanism.tiles_per_unit
+    keys, release = ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)), ServerRelease()
+    if mechanism.placement == "distributed":
+        words = np.zeros(device.num_words, np.uint32)
+        keys, release = keys._replace(mask=words), release._replace(unmask=words)
+    if mechanism.noise == "discrete_gaussian":
+        keys = keys._replace(integer_noise=np.zeros(device.num_words, np.int32))
+    if mechanism.placement == "central":
+        release = release._replace(noise_key=np.zeros(2, np.uint32))
     client = cohort.CohortChunk(
-        keys=ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)),
+        keys=keys,
         client_state=(),
         constants=client_constants(mechanism, 1.0),
         plan=ClientPlan(
@@ -390,6 +419,16 @@ def _example_chunk(device: Device, sites: Sites, clients_per_chunk: int) -> coho
             np.zeros((steps, slots), np.int32),
         ),
     )
-    return jax.device_put(
-        cohort.stack_chunk([client] * clients_per_chunk), cohort.by_client(device.mesh)
+    chunk = cohort.stack_chunk([client] * clients_per_chunk)
+    return (
+        jax.device_put(chunk, cohort.by_client(device.mesh)),
+        _placed(release, device),
     )
+
+
+def _placed(release: ServerRelease, device: Device) -> ServerRelease:
+    """The release on the devices, its key typed."""
+    if len(release.noise_key):
+        key = jax.random.wrap_key_data(release.noise_key, impl="threefry2x32")
+        release = release._replace(noise_key=key)
+    return jax.device_put(release, cohort.replicated(device.mesh))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PyTree, UInt8
 
 Params = PyTree
@@ -51,20 +52,36 @@ class ClientPlan(NamedTuple):
 
 
 class ClientKeys(NamedTuple):
-    """One key per purpose for one client and round; folded further by step and tile."""
+    """One client's randomness of one round, apart by purpose; keys are folded by step and tile."""
 
     noise: Any
     augmentation: Any
+    mask: Any = ()  # uint32 [M], hides the message under secure aggregation; () elsewhere
+    integer_noise: Any = ()  # int32 [M], the client's share on the discrete path; () elsewhere
 
 
 class ClientConstants(NamedTuple):
-    """Public numbers of one client, float32, traced, so unlike sites share one program."""
+    """Public numbers of one client, traced, so unlike sites share one program; float32 but site."""
 
     weight: Any  # in the server's average; zero for a site that has left
     l2_clip_norm: Any  # of a unit's gradient (dp_sgd) or of the update (update)
     noise_stddev: Any  # absolute: noise multiplier times the sensitivity
     inverse_expected_batch_size: Any
     is_active: Any  # 0.0 or 1.0: a site that has left makes no step
+    count_noise_stddev: Any = np.float32(0)  # of the count that adapts the clip norm
+    site: Any = np.int32(0)  # which client of the run: its place in what the server keeps by site
+
+
+class ServerRelease(NamedTuple):
+    """What the server adds or takes away when it opens a round's sum."""
+
+    divisor: Any = np.float32(1)  # public
+    l2_clip_norm: Any = np.float32(1)
+    noise_key: Any = ()  # typed key, of "central" alone
+    noise_stddev: Any = np.float32(0)  # of "central" alone, on the weighted sum
+    count_divisor: Any = np.float32(1)  # public, of the count that adapts the clip norm
+    count_noise_stddev: Any = np.float32(0)  # of "central" alone, on that count
+    unmask: Any = ()  # uint32 [M], what masks leave in a sum of words; of "distributed" alone
 
 
 __all__ = [
@@ -80,6 +97,7 @@ __all__ = [
     "PRNGKey",
     "Params",
     "PyTree",
+    "ServerRelease",
     "TilePool",
     "UInt8",
 ]

@@ -13,10 +13,12 @@ from fedjax_dp.data.federation import (
     federation_from_manifest,
     fingerprint,
     largest_known_unit,
+    site_sources,
     unit_index,
 )
 from fedjax_dp.data.manifest import ManifestError, read_manifest
 from fedjax_dp.data.splits import split_of
+from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.data.tiles import IGNORE_INDEX
 
 ROWS = [  # image, site, patient, split
@@ -267,6 +269,114 @@ def test_fingerprint_knows_training_data_and_owners_only(write):
     assert len({*prints.values(), same}) == len(prints) + 1
     elsewhere = dataclasses.replace(federation, test=federation.validation, name="other")
     assert fingerprint(elsewhere) == same
+
+
+def _sources(path, **arguments):
+    return site_sources(federation_from_manifest(path, **{"tile_size": 16} | arguments))
+
+
+def test_a_source_is_its_training_images_however_they_are_cut(write, tmp_path):
+    path = write()
+    found = _sources(path)
+    assert list(found) == ["a", "b"]
+    assert len({value for source in found.values() for value in source[1:]}) == 4
+    for arguments in (
+        {"tile_size": 8},
+        {"tile_size": 32},  # larger than an image is high
+        {"stride": 8},
+        {"min_tissue": 0.1},
+        {"class_names": ("background", "epithelial", "other")},
+        {"label_mode": "instance"},
+        {"external_sites": ("c",)},
+    ):
+        assert _sources(path, **arguments) == found, arguments
+    for site in "ab":
+        assert _sources(path, train_sites=(site,)) == {site: found[site]}
+    renamed = [(image, site.upper(), patient, split) for image, site, patient, split in ROWS]
+    again = _sources(write(renamed[::-1], name="renamed.csv"))
+    assert {site.lower(): source[1:] for site, source in again.items()} == {
+        site: source[1:] for site, source in found.items()
+    }
+    Image.fromarray(np.ones((24, 40), np.uint8)).save(tmp_path / "a0_mask.png")
+    assert _sources(path) == found
+
+
+def test_one_pixel_of_a_training_image_makes_another_source(write, tmp_path):
+    path = write()
+    found = _sources(path)
+    for name, site in (("a2", "a"), ("a3", ""), ("b2", ""), ("c0", "")):
+        image = np.array(Image.open(tmp_path / f"{name}.png"))
+        image[-1, -1, -1] ^= 1
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+        now = _sources(path)
+        assert {s for s in found if now[s].fingerprint != found[s].fingerprint} == {*site}, name
+        found = now
+    Image.open(tmp_path / "b0.png").save(tmp_path / "b0.tif")  # stored otherwise, same pixels
+    (tmp_path / "b0.tif").rename(tmp_path / "b0.png")
+    assert _sources(path) == found
+
+
+def test_images_that_come_or_go_make_another_source(write):
+    found = _sources(write())
+    fewer = _sources(write([row for row in ROWS if row[0] != "b1"], name="fewer.csv"))
+    assert fewer["a"] == found["a"]
+    assert fewer["b"].fingerprint != found["b"].fingerprint
+
+
+def test_whose_an_image_is_does_not_change_the_source_but_its_patients(write):
+    found = _sources(write())
+
+    def with_patients(**patients):
+        rows = [(i, site, patients.get(i, patient), split) for i, site, patient, split in ROWS]
+        return _sources(write(rows, name="other.csv"))
+
+    assert with_patients(a0="p7", a2="p7") == found  # only the name is another
+    for patients in ({"a2": "p7"}, {"a1": "p0"}, {"a1": ""}, {"a0": "", "a2": ""}):
+        other = with_patients(**patients)
+        assert other["a"].fingerprint == found["a"].fingerprint
+        assert other["a"].patients != found["a"].patients
+        assert other["b"] == found["b"]
+
+
+def test_tiles_of_unknown_origin_are_their_own_source(write):
+    made = federation_from_manifest(write(), tile_size=16)
+    bare = dataclasses.replace(made, sources=())
+    found = site_sources(bare)
+    assert list(found) == ["a", "b"]
+    order = np.arange(len(made.train))[::-1]
+    columns = ("images", "labels", "site", "slide", "patient")
+    mixed = {name: getattr(made.train, name)[order] for name in columns}
+    assert (
+        site_sources(dataclasses.replace(bare, train=dataclasses.replace(made.train, **mixed)))
+        == found
+    )
+    images = made.train.images.copy()
+    images[made.train.of_site("b")[0], 0, 0, 0] ^= 1
+    changed = dataclasses.replace(bare, train=dataclasses.replace(made.train, images=images))
+    assert site_sources(changed)["a"] == found["a"]
+    assert site_sources(changed)["b"].fingerprint != found["b"].fingerprint
+    foreign = dataclasses.replace(made, train=dataclasses.replace(made.train, sites=("a", "z")))
+    with pytest.raises(ValueError, match=r"none of z .*sources=\(\)"):
+        site_sources(foreign)
+
+
+def test_a_drawn_source_is_all_that_its_pixels_depend_on():
+    small = {
+        "patients_per_site": 2, "tiles_per_patient": 1, "tile_size": 16, "num_workers": 1,
+        "evaluation_patients_per_site": 0, "num_external_sites": 0, "num_training_sites": 2,
+    }  # fmt: skip
+
+    def drawn(**changes):
+        return site_sources(synthetic_federation(**small | changes))
+
+    found = drawn()
+    assert len({source.fingerprint for source in found.values()}) == 2
+    for same in ({"task": "tissue"}, {"patients_per_site": 3}, {"tiles_per_patient": 2}):
+        assert drawn(**same) == found
+    for other in ({"seed": 1}, {"mpp": 0.25}, {"tile_size": 24}, {"variation": "wide"}):
+        assert not {s.fingerprint for s in drawn(**other).values()} & {
+            s.fingerprint for s in found.values()
+        }, other
 
 
 def test_the_real_federation(real_data):

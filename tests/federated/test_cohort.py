@@ -132,7 +132,7 @@ def test_meshes_have_one_axis_over_the_first_devices():
 
 def test_stacked_chunks_hold_typed_threefry_keys():
     chunk = stack_chunk([CLIENTS[0], None])
-    for key in chunk.keys:
+    for key in (chunk.keys.noise, chunk.keys.augmentation):
         assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
         assert str(jax.random.key_impl(key)) == "threefry2x32"
         assert key.shape == (2,)

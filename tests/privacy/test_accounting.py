@@ -1,35 +1,12 @@
-import json
 import math
 
-import numpy as np
 import pytest
-from dp_accounting import dp_event, gaussian_mechanism
+from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
-from scipy import stats
 
 from fedjax_dp.privacy import accounting
-
-DELTA = 1e-5
-
-
-def gaussian(z):
-    return dp_event.GaussianDpEvent(z)
-
-
-def poisson(q, z):
-    return dp_event.PoissonSampledDpEvent(q, gaussian(z))
-
-
-def truncated(n, q, capacity, z):
-    return dp_event.TruncatedSubsampledGaussianDpEvent(n, q, capacity, z)
-
-
-def group(k, q, z):
-    numbers = np.arange(k + 1)
-    probs = stats.binom.pmf(numbers, k, q)
-    return dp_event.MixtureOfGaussiansDpEvent(
-        z, tuple(map(float, numbers)), tuple(map(float, probs))
-    )
+from fedjax_dp.privacy.events import NEIGHBOURS, MixtureDpEvent
+from tests.privacy.dp_events import DELTA, EVENTS, gaussian, group, poisson, truncated
 
 
 def test_goldens_of_the_sampled_gaussian():
@@ -83,15 +60,6 @@ def test_a_group_of_one_is_the_sampled_gaussian():
     assert ours == pytest.approx(accounting.epsilon(poisson(0.01, 1.0), 1000, DELTA), rel=5e-3)
 
 
-EVENTS = [
-    gaussian(3.0),
-    poisson(0.1, 1.5),
-    truncated(100, 0.1, 14, 1.5),
-    accounting.MixtureDpEvent((poisson(0.1, 1.5), gaussian(1.5)), (0.9, 0.1)),
-    dp_event.ComposedDpEvent((gaussian(9.0), poisson(0.1, 1.5))),
-]
-
-
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 def test_steps_inside_an_event_are_rounds_outside(event):
     inside = accounting.epsilon(dp_event.SelfComposedDpEvent(event, 5), 4, DELTA)
@@ -101,19 +69,11 @@ def test_steps_inside_an_event_are_rounds_outside(event):
 @pytest.mark.parametrize("event", EVENTS[1:3], ids=lambda event: type(event).__name__)
 def test_one_shot_is_incremental(event):
     """The cached base composed t times is what an accountant fed round by round says."""
-    one_by_one = PLDAccountant(accounting._RELATIONS["zero_out"], accounting.DEFAULT_GRID)
+    one_by_one = PLDAccountant(NEIGHBOURS["zero_out"], accounting.DEFAULT_GRID)
     for rounds in range(1, 6):
         one_by_one.compose(event)
         ours = accounting.epsilon(event, rounds, DELTA)
         assert ours == pytest.approx(one_by_one.get_epsilon(DELTA), rel=1e-6)
-
-
-@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-def test_events_survive_json(event):
-    nested = dp_event.SelfComposedDpEvent(event, 3)
-    assert accounting.event_from_json(json.loads(json.dumps(accounting.event_to_json(nested)))) == (
-        nested
-    )
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
@@ -141,7 +101,7 @@ def test_every_capacity_can_be_accounted_and_costs(capacity):
 def test_a_mixture_lies_between_its_events():
     low, high = poisson(0.1, 1.5), gaussian(1.5)
     values = [
-        accounting.epsilon(accounting.MixtureDpEvent((low, high), (1 - b, b)), 10, DELTA)
+        accounting.epsilon(MixtureDpEvent((low, high), (1 - b, b)), 10, DELTA)
         for b in (0.0, 1e-9, 0.1, 0.5, 1.0)
     ]
     assert values == sorted(values)
@@ -166,52 +126,6 @@ def test_tiny_noise_is_bounded_in_work_and_still_an_upper_bound(z):
     assert exact * (1 - 1e-6) <= nearly < 1.01 * exact
 
 
-@pytest.mark.parametrize("event", [gaussian(10.0), truncated(300, 0.1, 60, 2.0)])
-@pytest.mark.parametrize("rounds", [1, 7, 64])
-def test_max_rounds_is_exact_at_the_edge(event, rounds):
-    budget = accounting.epsilon(event, rounds, DELTA)
-    assert accounting.max_rounds(event, budget, DELTA) == rounds
-    assert accounting.max_rounds(event, budget * (1 - 1e-6), DELTA) == rounds - 1
-    assert accounting.epsilon(event, rounds + 1, DELTA) > budget
-
-
-def test_max_rounds_of_the_limits():
-    assert accounting.max_rounds(dp_event.NonPrivateDpEvent(), 8.0, DELTA) == 0
-    assert accounting.max_rounds(dp_event.NoOpDpEvent(), 8.0, DELTA, limit=77) == 77
-    assert accounting.max_rounds(gaussian(1e4), 8.0, DELTA, limit=100) == 100
-
-
-@pytest.mark.parametrize(
-    "make_event",
-    [gaussian, lambda z: poisson(0.05, z), lambda z: truncated(400, 0.1, 72, z)],
-    ids=["gaussian", "poisson", "truncated"],
-)
-@pytest.mark.parametrize("target", [0.5, 8.0])
-def test_calibration_meets_the_target_from_above(make_event, target):
-    z = accounting.calibrate_noise_multiplier(make_event, 50, target, DELTA)
-    assert accounting.epsilon(make_event(z), 50, DELTA) <= target
-    assert accounting.epsilon(make_event(z * (1 - 2e-4)), 50, DELTA) > target
-
-
-def test_calibration_of_the_gaussian_is_the_analytic_one():
-    exact = gaussian_mechanism.get_sigma_gaussian(3.0, DELTA)
-    z = accounting.calibrate_noise_multiplier(gaussian, 1, 3.0, DELTA)
-    assert exact <= z <= exact * (1 + 1.1e-4)
-
-
-def test_calibrations_are_kept_and_verified(tmp_path, monkeypatch):
-    def calibrate():
-        return accounting.calibrate_noise_multiplier(gaussian, 9, 3.0, DELTA, cache_dir=tmp_path)
-
-    z = calibrate()
-    (file,) = tmp_path.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(accounting, "_bracket", None)
-        assert calibrate() == z
-    file.write_text(json.dumps(z / 2))
-    assert calibrate() == z
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -222,16 +136,6 @@ def test_calibrations_are_kept_and_verified(tmp_path, monkeypatch):
         (lambda: accounting.epsilon(dp_event.LaplaceDpEvent(1.0), 1, DELTA), "No accounting"),
         (lambda: accounting.epsilon(group(2, 0.1, 1.0), 1, DELTA, "replace_one"), "No accounting"),
         (lambda: accounting.delta_for(gaussian(1.0), 1, -1.0), "target_epsilon"),
-        (lambda: accounting.max_rounds(gaussian(1.0), float("nan"), DELTA), "target_epsilon"),
-        (lambda: accounting.calibrate_noise_multiplier(gaussian, 0, 1.0, DELTA), "count"),
-        (lambda: accounting.calibrate_noise_multiplier(gaussian, 1, 0.0, DELTA), "target_epsilon"),
-        (
-            lambda: accounting.calibrate_noise_multiplier(
-                lambda z: dp_event.NonPrivateDpEvent(), 1, 1.0, DELTA
-            ),
-            "No noise multiplier",
-        ),
-        (lambda: accounting.event_from_json({"kind": "attr"}), "Unknown"),
     ],
 )
 def test_bad_arguments_are_refused(call, message):

@@ -10,7 +10,8 @@ from scipy import stats
 
 from fedjax_dp.privacy import accounting
 from fedjax_dp.privacy.ledger import ChargeLog
-from fedjax_dp.privacy.mechanism import Mechanism, make_mechanisms, mechanism_from_descriptor
+from fedjax_dp.privacy.budgets import make_mechanisms
+from fedjax_dp.privacy.mechanism import Mechanism, mechanism_from_descriptor
 
 DELTA = 1e-5
 
@@ -318,11 +319,31 @@ def test_every_field_changes_the_fingerprint():
         "max_units_per_patient": 5,
         "is_stateless": False,
     }
+    # Fields that not every placement may set, each with what it needs.
+    shares = {"placement": "distributed", "local_steps": 1, "num_shares": 5}
+    central = {"placement": "central"}
+    others = {
+        "relation": {"relation": "add_or_remove"},
+        "num_shares": shares,
+        "max_dropouts": shares | {"max_dropouts": 2},
+        "noise": shares | {"noise": "discrete_gaussian", "dimension": 7},
+        "dimension": shares | {"noise": "discrete_gaussian", "dimension": 8},
+        "levels": shares | {"noise": "discrete_gaussian", "dimension": 7, "levels": 2**19},
+        "cohort_prob": central | {"cohort_prob": 0.5},
+        "relative_weight": central | {"relative_weight": 0.5},
+        "averaged_over": {"placement": "update", "averaged_over": 3},
+        "count_noise_stddev": {"count_noise_stddev": 2.5},
+        "protects": {"protects": "unit"},
+    }
     prints = {mechanism(**{name: value}).fingerprint() for name, value in changes.items()}
+    prints |= {mechanism(**settings).fingerprint() for settings in others.values()}
     prints.add(mechanism().fingerprint())
     prints.add(mechanism(unit="slide", tiles_per_unit=2).fingerprint())
-    assert len(prints) == len(changes) + 2
-    assert set(changes) | {"tiles_per_unit", "relation"} == set(mechanism().descriptor())
+    assert len(prints) == len(changes) + len(others) + 2
+    assert set(changes) | set(others) | {"tiles_per_unit"} == set(mechanism().descriptor())
+
+
+SHARES = {"placement": "distributed", "local_steps": 1, "num_shares": 6}
 
 
 @pytest.mark.parametrize(
@@ -335,9 +356,21 @@ def test_every_field_changes_the_fingerprint():
         ({"l2_clip_norm": math.inf}, "l2_clip_norm"),
         ({"l2_clip_norm": math.nan}, "l2_clip_norm"),
         ({"placement": "none"}, "noise_multiplier 0"),
-        ({"placement": "central"}, "placement"),
+        ({"placement": "server"}, "placement"),
         ({"unit": "pixel"}, "unit"),
-        ({"relation": "add_or_remove"}, "relation"),
+        ({"relation": "add_or_remove", "placement": "update"}, "relation zero_out"),
+        ({"relation": "swap"}, "relation"),
+        ({"placement": "distributed", "num_shares": 3}, "local_steps 1"),
+        ({"placement": "distributed", "local_steps": 1}, "at least 2 sites"),
+        (SHARES | {"max_dropouts": 3}, "more than twice max_dropouts"),
+        (SHARES | {"noise": "discrete_gaussian"}, "dimension"),
+        ({"num_shares": 2}, "belong to placement"),
+        ({"noise": "discrete_gaussian"}, "belong to placement"),
+        ({"cohort_prob": 0.5}, "amplifies nothing"),
+        ({"placement": "central", "cohort_prob": 0.0}, r"in \(0, 1\]"),
+        ({"placement": "central", "relative_weight": 2.0}, r"in \(0, 1\]"),
+        ({"count_noise_stddev": 0.9}, "draw more units"),
+        ({"placement": "update", "count_noise_stddev": 9.0}, "Fix the clip norm"),
         ({"sampling_prob": 0.0}, "sampling_prob"),
         ({"sampling_prob": 1.01}, "sampling_prob"),
         ({"sampling_prob": math.nan}, "sampling_prob"),

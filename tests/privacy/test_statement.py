@@ -3,8 +3,9 @@ import math
 
 import pytest
 
-from fedjax_dp.privacy import accounting
-from fedjax_dp.privacy.mechanism import make_mechanisms, mechanism_from_descriptor
+from fedjax_dp.privacy import events
+from fedjax_dp.privacy.budgets import make_mechanisms
+from fedjax_dp.privacy.mechanism import mechanism_from_descriptor
 from fedjax_dp.privacy.statement import INFINITY, recompute_epsilon, statement
 
 ROUNDS = {"A": 7, "B": 3}
@@ -51,7 +52,7 @@ def test_every_row_is_what_the_described_mechanism_promises(tmp_path, placement)
     for client, entry in value["clients"].items():
         rebuilt = mechanism_from_descriptor(entry["mechanism"])
         for stated, row in zip(entry["guarantees"], rebuilt.guarantees(), strict=True):
-            assert accounting.event_from_json(stated["event"]) == row.event
+            assert events.event_from_json(stated["event"]) == row.event
             assert stated["epsilon"] == row.epsilon(ROUNDS[client], DELTA)
         patient = rebuilt.patient_guarantee.epsilon(ROUNDS[client], DELTA)
         assert entry["patient_epsilon"] == {"epsilon": patient, "reason": ""}

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_dp.data import units
+from fedjax_dp.data import sources, units
 from fedjax_dp.data.inspection import DEFAULT_CLASS_NAMES, default_splits, inspect
 from fedjax_dp.data.manifest import Finding, Manifest, ManifestError, Row, read_manifest
+from fedjax_dp.data.sources import SiteSource
 from fedjax_dp.data.splits import (
     EXCLUDED,
     EXTERNAL,
@@ -36,6 +37,8 @@ class Federation:
         external: tiles of hospitals that do not train; may be empty.
         tiles_overlap: whether two training tiles may share pixels (then "tile" is no unit).
         is_public: whether the tiles are free of people (synthetic), so pictures of them are free.
+        sources: what each site's training tiles were cut from, see `site_sources`; empty where
+            nobody tells. Whoever puts other tiles into `train` empties it.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Federation:
     external: TileTable
     tiles_overlap: bool = False
     is_public: bool = False
+    sources: tuple[SiteSource, ...] = ()
 
 
 def federation_from_manifest(
@@ -127,7 +131,7 @@ def federation_from_manifest(
     errors = [finding for finding in inspected.findings if finding.level == "error"]
     if errors:
         raise ManifestError(path, errors)
-    tiles = list(inspected.visited)
+    tiles, digests = list(inspected.visited), inspected.digests
     del inspected
     tables = {}
     for split in (TRAIN, VALIDATION, TEST, EXTERNAL):
@@ -152,6 +156,11 @@ def federation_from_manifest(
         test=tables[TEST],
         external=tables[EXTERNAL],
         tiles_overlap=stride < tile_size,
+        sources=sources.from_images(
+            (row.site, row.patient, digest)
+            for row, split, digest in zip(manifest.rows, splits, digests, strict=True)
+            if split == TRAIN
+        ),
     )
 
 
@@ -217,8 +226,9 @@ def check_unit(federation: Federation, unit: str) -> None:
 def fingerprint(federation: Federation) -> str:
     """BLAKE2b, in hex, of the training tiles, their labels and whose they are.
 
-    Two federations with the same fingerprint train on the same data, so their privacy losses add
-    up. Validation, test and external tiles do not enter.
+    Two federations with the same fingerprint train on the same tiles: a run that goes on needs
+    that. Validation, test and external tiles do not enter. Whose privacy losses add up is told by
+    `site_sources`, which other tiles of the same images do not change.
     """
     digest = hashlib.blake2b(digest_size=32)
     table = federation.train
@@ -238,13 +248,49 @@ def fingerprint(federation: Federation) -> str:
     return digest.hexdigest()
 
 
+def site_sources(federation: Federation) -> dict[str, SiteSource]:
+    """What each site trains on, under a fingerprint by which the losses of its runs add up.
+
+    Guarantees: the fingerprint of a site of a manifest is one of the decoded pixels of its training
+    images, and of nothing else. Tile size, stride, tissue threshold, classes, masks, names, other
+    sites and evaluation images do not enter. That of a drawn site is one of all its pixels depend
+    on; how many patients and tiles are drawn does not enter, for fewer are part of more. Tiles of
+    unknown origin are their own source.
+
+    Limit: sites that share some of their images and not all have unlike fingerprints, and so has a
+    site with one image more than before, or saved anew with loss. Their losses add up for what they
+    share all the same. Keep a site's training images as they are, or count such runs by hand.
+
+    Args:
+        federation: before `pool_sites`, which forgets whose tiles are whose.
+
+    Returns:
+        Training site -> its source.
+
+    Raises:
+        ValueError: the federation tells the sources of other sites than those it trains on.
+    """
+    known = federation.sources or sources.from_tiles(federation.train)
+    found = {source.site: source for source in known}
+    missing = [site for site in federation.train.sites if site not in found]
+    if missing:
+        raise ValueError(
+            f"Expected the sources of all training sites, got none of {', '.join(missing)} in "
+            f"{federation.name}. Ask before sites are pooled; a federation with other tiles than "
+            "its own has sources=()."
+        )
+    return {site: found[site] for site in federation.train.sites}
+
+
 __all__ = [
     "Federation",
+    "SiteSource",
     "UnitIndex",
     "check_unit",
     "effective_splits",
     "federation_from_manifest",
     "fingerprint",
     "largest_known_unit",
+    "site_sources",
     "unit_index",
 ]

@@ -31,11 +31,13 @@ class Inspection:
         findings: everything wrong, errors first, each kind in the order of the file.
         splits: the split of each row; "" where the row is not used.
         visited: what `visit` returned for each row; None where it could not be opened.
+        digests: of each row's pixels as decoded; empty where they could not be, or are not used.
     """
 
     findings: tuple[Finding, ...]
     splits: tuple[str, ...]
     visited: tuple[Any, ...]
+    digests: tuple[bytes, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,12 @@ def inspect(
     findings += _foreground_findings(rows, splits, looks)
     findings += _same_tissue_findings(rows, splits, looks)
     findings.sort(key=lambda finding: finding.level != "error")
-    return Inspection(tuple(findings), splits, tuple(one.visited for one in looks))
+    return Inspection(
+        findings=tuple(findings),
+        splits=splits,
+        visited=tuple(one.visited for one in looks),
+        digests=tuple(one.digest for one in looks),
+    )
 
 
 def default_splits(manifest: Manifest, split_key: bytes | None = None) -> tuple[str, ...]:

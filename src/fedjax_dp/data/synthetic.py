@@ -6,6 +6,7 @@ ISBI 2009), not fitted to any image: nothing about a patient can be in it.
 
 import numpy as np
 
+from fedjax_dp.data import sources
 from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.synthetic_style import EXTERNAL_SITES, TRAINING_SITES
 from fedjax_dp.data.synthetic_tile import (
@@ -113,6 +114,8 @@ def synthetic_federation(
         test=tables["test"],
         external=tables["external"],
         is_public=True,
+        # Both tasks label the same images, and a smaller draw is part of a larger one.
+        sources=sources.from_generator(training, "synthetic", seed, variation, mpp, tile_size),
     )
 
 

@@ -1,5 +1,6 @@
 """The one place where a client axis exists: blocks of clients, over the devices of a mesh."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -144,5 +145,10 @@ def stack_chunk(slots: Sequence[CohortChunk | None]) -> CohortChunk:
         jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
         for parts in zip(*filled, strict=True)
     )
-    typed = jax.tree.map(lambda data: jax.random.wrap_key_data(data, impl="threefry2x32"), keys)
-    return CohortChunk(typed, *others)
+    return CohortChunk(keys._replace(**_typed(keys)), *others)
+
+
+def _typed(keys: ClientKeys) -> dict[str, Any]:
+    """The keys among a client's randomness, typed; masks and integers stay what they are."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
+    return {"noise": wrap(keys.noise), "augmentation": wrap(keys.augmentation)}

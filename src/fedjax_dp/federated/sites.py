@@ -11,7 +11,7 @@ from fedjax_dp.data.tiles import TileTable
 from fedjax_dp.data.units import unit_index
 from fedjax_dp.federated.cohort import CohortChunk, stack_chunk
 from fedjax_dp.federated.rounds import Site, client_input
-from fedjax_dp.privacy.mechanism import make_mechanisms
+from fedjax_dp.privacy.budgets import make_mechanisms
 from fedjax_dp.privacy.secrets import Secrets
 from fedjax_dp.typing import TilePool
 
@@ -25,7 +25,7 @@ def protect(table: TileTable, *, unit: str, **settings: Any) -> tuple[tuple[Site
     Args:
         table: training tiles, no two of which share pixels; its sites become the clients.
         unit: "tile", "slide" or "patient".
-        **settings: the other arguments of `privacy.mechanism.make_mechanisms`.
+        **settings: the other arguments of `privacy.budgets.make_mechanisms`.
 
     Returns:
         The sites, weighted by their number of units, and the pool that their indices refer to.

@@ -1,54 +1,24 @@
 """Per-unit clipping: the sum of unit gradients of which each weighs at most one."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from fedjax_dp.typing import NonPrivate, Params, PRNGKey
-from fedjax_dp.varying import vary_like
-
-UnitLoss = Callable[[Params, Any, PRNGKey], Array]
-"""`loss_fn(params, unit, key) -> scalar`: the loss of ONE unit of privacy."""
+from fedjax_dp.privacy.blocks import (
+    SummedGradFn,
+    UnitAux,
+    UnitLoss,
+    UnitSums,
+    in_blocks,
+    unit_sums,
+)
+from fedjax_dp.typing import Params, PRNGKey
 
 Relation = Literal["zero_out", "add_or_remove_one", "replace_one"]
-
-
-class UnitSums(NamedTuple):
-    """Un-noised sums over the real units of a step; divide by `units` for means."""
-
-    units: Float[Array, ""]
-    loss: Float[Array, ""]
-    norm: Float[Array, ""]
-    clipped: Float[Array, ""]
-    non_finite: Float[Array, ""]
-
-
-UnitAux = NonPrivate[UnitSums]
-
-
-class SummedGradFn(Protocol):
-    """What `clipped_grad` and `summed_grad` return."""
-
-    def __call__(
-        self, params: Params, units: Any, keys: Any, num_units: Any, l2_clip_norm: Any
-    ) -> tuple[Params, UnitAux]:
-        """Sums the gradients of the first `num_units` units.
-
-        Args:
-            params: where the gradient is taken.
-            units: pytree whose leaves have a leading axis U; real units first.
-            keys: typed keys [U], one a unit.
-            num_units: int32 scalar, how many of the U slots hold real units.
-            l2_clip_norm: positive scalar, may be traced.
-
-        Returns:
-            The float32 sum, shaped as the parameters, and un-noised statistics.
-        """
-        ...
 
 
 class ClippedGrad:
@@ -104,6 +74,22 @@ def _scale_or_zero(tree: Params, factor: Array, norm: Array) -> Params:
     )
 
 
+def normalised_grad(loss_fn: UnitLoss) -> Callable[..., tuple[Array, Array, Array, Params]]:
+    """`(params, unit, key, clip) -> (loss, norm, norm > clip, g * min(1 / norm, 1 / clip))`.
+
+    Guarantee: the last has norm at most one, up to float32 rounding; zero where g is not finite.
+    """
+
+    def unit(params: Params, unit: Any, key: PRNGKey, l2_clip_norm: Any) -> Any:
+        loss, gradient = jax.value_and_grad(loss_fn)(params, unit, key)
+        norm = global_norm(gradient)
+        tiny = jnp.finfo(jnp.float32).tiny
+        factor = jnp.minimum(1.0 / jnp.maximum(norm, tiny), 1.0 / l2_clip_norm)
+        return loss, norm, norm > l2_clip_norm, _scale_or_zero(gradient, factor, norm)
+
+    return unit
+
+
 def clipped_grad(
     loss_fn: UnitLoss,
     *,
@@ -140,13 +126,7 @@ def clipped_grad(
         "Unlocking High-Accuracy Differentially Private Image Classification through Scale",
         section 5.1, for the normalised form.
     """
-
-    def unit(params: Params, unit: Any, key: PRNGKey, l2_clip_norm: Any) -> Any:
-        loss, gradient = jax.value_and_grad(loss_fn)(params, unit, key)
-        norm = global_norm(gradient)
-        tiny = jnp.finfo(jnp.float32).tiny
-        factor = jnp.minimum(1.0 / jnp.maximum(norm, tiny), 1.0 / l2_clip_norm)
-        return loss, norm, norm > l2_clip_norm, _scale_or_zero(gradient, factor, norm)
+    unit = normalised_grad(loss_fn)
 
     def block(params: Params, units: Any, keys: Any, is_real: Array, clip: Any) -> Any:
         if microbatch_size == 1:
@@ -154,7 +134,7 @@ def clipped_grad(
             loss, norm, clipped, gradient = unit(params, one, keys[0], clip)
             total = jax.tree.map(lambda leaf: jnp.where(is_real[0], leaf, 0.0), gradient)
             finite = jnp.isfinite(norm)
-            return total, _sums(loss[None], norm[None], clipped[None], finite[None], is_real)
+            return total, unit_sums(loss[None], norm[None], clipped[None], finite[None], is_real)
         loss, norm, clipped, gradients = jax.vmap(unit, (None, 0, 0, None))(
             params, units, keys, clip
         )
@@ -165,9 +145,9 @@ def clipped_grad(
             ),
             gradients,
         )
-        return total, _sums(loss, norm, clipped, jnp.isfinite(norm), is_real)
+        return total, unit_sums(loss, norm, clipped, jnp.isfinite(norm), is_real)
 
-    return ClippedGrad(_in_blocks(block, microbatch_size, loop))
+    return ClippedGrad(in_blocks(block, microbatch_size, loop))
 
 
 def summed_grad(
@@ -197,63 +177,21 @@ def summed_grad(
         gradient, losses = jax.grad(total_loss, has_aux=True)(params)
         gradient = jax.tree.map(lambda leaf: jnp.where(is_real.any(), leaf, 0.0), gradient)
         zero = jnp.zeros_like(losses)
-        return gradient, _sums(losses, zero, zero, jnp.isfinite(losses), is_real)
+        return gradient, unit_sums(losses, zero, zero, jnp.isfinite(losses), is_real)
 
-    return _in_blocks(block, microbatch_size, loop)
-
-
-def _sums(loss: Array, norm: Array, clipped: Array, finite: Array, is_real: Array) -> UnitSums:
-    def total(values: Array, where: Array) -> Array:
-        return jnp.sum(jnp.where(where, values.astype(jnp.float32), 0.0))
-
-    return UnitSums(
-        units=total(jnp.ones_like(loss), is_real),
-        loss=total(loss, is_real & finite),
-        norm=total(norm, is_real & finite),
-        clipped=total(clipped, is_real & finite),
-        non_finite=total(jnp.ones_like(loss), is_real & ~finite),
-    )
+    return in_blocks(block, microbatch_size, loop)
 
 
-def _in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> SummedGradFn:
-    if microbatch_size < 1 or loop not in ("drawn", "capacity"):
-        raise ValueError(
-            "Expected microbatch_size >= 1 and loop 'drawn' or 'capacity', got "
-            f"{microbatch_size=}, {loop=}."
-        )
-
-    def fn(
-        params: Params, units: Any, keys: Any, num_units: Any, l2_clip_norm: Any
-    ) -> tuple[Params, UnitAux]:
-        slots = keys.shape[0]
-        size = min(microbatch_size, slots)
-        num_units = jnp.minimum(num_units, slots)
-        units = jax.tree.map(jnp.asarray, units)
-
-        def visit(index: Any, carry: Any) -> Any:
-            slot = index * size + jnp.arange(size)
-            is_real = slot < num_units
-            # A padded slot repeats slot 0: masked out, its own tile, which may be anybody's, could
-            # still spoil the gradient of a sum, for 0 x NaN is NaN.
-            slot = jnp.where(is_real, slot, 0)
-            some, some_keys = jax.tree.map(lambda leaf: leaf[slot], (units, keys))
-            added = block(params, some, some_keys, is_real, l2_clip_norm)
-            return jax.tree.map(jnp.add, carry, added)
-
-        def first_block() -> Any:
-            some, some_keys = jax.tree.map(lambda leaf: leaf[:size], (units, keys))
-            return block(params, some, some_keys, jnp.arange(size) < num_units, l2_clip_norm)
-
-        # Only the shapes of a block are asked for here; nothing of it is computed.
-        shapes = jax.eval_shape(first_block)
-        zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        zero = vary_like(zero, (params, units, num_units, l2_clip_norm))
-        if loop == "drawn":
-            total = lax.fori_loop(0, (num_units + size - 1) // size, visit, zero)
-        else:
-            blocks = jnp.arange(-(-slots // size))
-            total, _ = lax.scan(lambda carry, index: (visit(index, carry), None), zero, blocks)
-        summed, sums = total
-        return summed, NonPrivate(sums)
-
-    return fn
+__all__ = [
+    "ClippedGrad",
+    "Relation",
+    "SummedGradFn",
+    "UnitAux",
+    "UnitLoss",
+    "UnitSums",
+    "clip_by_norm",
+    "clipped_grad",
+    "global_norm",
+    "normalised_grad",
+    "summed_grad",
+]

@@ -3,7 +3,6 @@
 This file counts; what a count is worth in epsilon is the mechanism's matter.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -12,6 +11,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from fedjax_dp.privacy import journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,7 @@ class ChargeLog:
         try:
             self._lock()
             if is_new:
-                _sync(self._file.fileno())
-                _sync_directory(self.path.parent)
+                journal.sync_new(self._file)
             self._records = self._read()
         except BaseException:
             self._file.close()
@@ -161,7 +161,7 @@ class ChargeLog:
                 "clients": members,
                 "parent": self._head,
             }
-            self._append(record)
+            journal.append(self._file, record)
             self._records.append(record)
         self._head = _digest(record)
         return int(record["nonce"])
@@ -234,14 +234,8 @@ class ChargeLog:
             pass
 
     def _read(self) -> list[dict[str, Any]]:
-        self._file.seek(0)
-        body = self._file.read()
-        whole = body[: body.rfind(b"\n") + 1]
-        if len(whole) < len(body):
-            self._file.truncate(len(whole))
-            _sync(self._file.fileno())
         records = []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(journal.read_lines(self._file, cut=True), start=1):
             try:
                 record = json.loads(line)
                 _check_record(record)
@@ -252,20 +246,6 @@ class ChargeLog:
                 ) from error
             records.append(record)
         return records
-
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, sort_keys=True).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"Wrote {written} of {len(line)} bytes to {self.path}.")
-            _sync(self._file.fileno())
-        except BaseException:
-            # Half a line must not be continued by the next charge.
-            with contextlib.suppress(OSError):
-                self._file.truncate(size)
-            raise
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -289,15 +269,3 @@ def _check_clients(clients: Iterable[str]) -> set[str]:
     if len(set(names)) != len(names):
         raise ValueError(f"Expected distinct clients, got {names}.")
     return set(names)
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

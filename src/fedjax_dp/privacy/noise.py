@@ -9,6 +9,9 @@ from jaxtyping import Array, Float32
 
 from fedjax_dp.typing import Params, PRNGKey
 
+NOISE_REACH = 9.5
+"""Standard deviations that no draw of `gaussian` exceeds: sqrt(2 log 2**65) = 9.493."""
+
 
 def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
     """Standard normal draws by Box and Muller (1958), from 96 random bits a pair.

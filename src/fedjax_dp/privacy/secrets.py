@@ -28,7 +28,14 @@ class Purpose(enum.Enum):
     SAMPLING = "sampling"
     NOISE = "noise"
     AUGMENTATION = "augmentation"
+    MASK = "mask"
+    INTEGER_NOISE = "integer noise"
     COHORT = "cohort"
+    DROPOUT = "dropout"
+    SERVER_NOISE = "server noise"
+
+
+SERVER_PURPOSES = (Purpose.COHORT, Purpose.DROPOUT, Purpose.SERVER_NOISE)
 
 
 class Derivation(NamedTuple):
@@ -145,9 +152,9 @@ class Secrets:
         """The 32 bytes that belong to (client, round, purpose, nonce, context).
 
         Args:
-            client: the site's name, or `SERVER` for cohorts.
+            client: the site's name, or `SERVER` for its own purposes.
             round_index: the round, >= 0.
-            purpose: what it is for; COHORT belongs to the server and nothing else does.
+            purpose: what it is for; `SERVER_PURPOSES` are the server's, all others the clients'.
             nonce: of the round's write-ahead charge, >= 0; see `ledger.ChargeLog.charge`.
             context: hash of the data and the configuration.
 
@@ -290,7 +297,7 @@ class Secrets:
             raise ValueError(f"No secret of {client=}; known are {self.clients}.")
         if not isinstance(purpose, Purpose):
             raise ValueError(f"Expected a Purpose, got {purpose=}.")
-        if (client == SERVER) != (purpose is Purpose.COHORT):
+        if (client == SERVER) != (purpose in SERVER_PURPOSES):
             raise ValueError(f"{purpose} is not a purpose of {client!r}.")
         fields = [
             kind.encode(),

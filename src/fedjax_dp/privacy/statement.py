@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedjax_dp.privacy import accounting
+from fedjax_dp.privacy import accounting, events
 from fedjax_dp.privacy.mechanism import Guarantee, Mechanism
 
 INFINITY = "infinity"
@@ -127,7 +127,7 @@ def recompute_epsilon(value: Mapping[str, Any]) -> dict[str, float]:
             epsilons[client] = math.inf if entry["rounds"] else 0.0
             continue
         epsilons[client] = accounting.epsilon(
-            accounting.event_from_json(row["event"]),
+            events.event_from_json(row["event"]),
             entry["rounds"],
             value["target_delta"],
             row["accountant_relation"],
@@ -176,7 +176,7 @@ def _row(row: Guarantee, rounds: int, delta: float) -> dict[str, Any]:
         "relation": row.relation,
         "sensitivity": _encode(row.sensitivity),
         "epsilon": _encode(_epsilon(row, rounds, delta)),
-        "event": None if row.event is None else accounting.event_to_json(row.event),
+        "event": None if row.event is None else events.event_to_json(row.event),
         "accountant_relation": row.accountant_relation,
         "assumptions": list(row.assumptions),
         "reason": row.reason,
@@ -192,7 +192,7 @@ def _cross_check(row: Guarantee, rounds: int, delta: float) -> float | str | Non
     if row.event is None:
         return None
     value = accounting.rdp_epsilon(
-        accounting.without_truncation(row.event), rounds, delta, row.accountant_relation
+        events.without_truncation(row.event), rounds, delta, row.accountant_relation
     )
     return None if value is None else _encode(value)
 
