@@ -106,19 +106,22 @@ def _per_site(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 def _epsilons(statements: Mapping[str, Mapping[str, Any]]) -> str:
     body = []
     for name, stated in statements.items():
-        rows: dict[tuple[str, str], list[str]] = {}
+        rows: dict[tuple[str, str, str], list[str]] = {}
         for site, entry in stated["clients"].items():
             for row in entry["guarantees"]:
                 epsilon = math.inf if row["epsilon"] == "infinity" else row["epsilon"]
                 text = "no valid conversion" if row["reason"] else epsilon_text(epsilon)
-                if stated["placement"] == "none":
+                if stated["placement"] in ("none", "update_unclipped"):
                     text = "infinite"
-                rows.setdefault((row["unit"], row["relation"]), []).append(f"{site} {text}")
+                key = (row["unit"], row["relation"], row["adversary"])
+                rows.setdefault(key, []).append(f"{site} {text}")
         body += [
-            [name, unit, relation, f"{stated['target_delta']:g}", ", ".join(values)]
-            for (unit, relation), values in rows.items()
+            [name, unit, relation, adversary, f"{stated['target_delta']:g}", ", ".join(values)]
+            for (unit, relation, adversary), values in rows.items()
         ]
-    return _markdown(["run", "protected", "relation", "delta", "epsilon of each site"], body)
+    return _markdown(
+        ["run", "protected", "relation", "against", "delta", "epsilon of each site"], body
+    )
 
 
 def _markdown(header: list[str], body: list[list[str]]) -> str:

@@ -68,7 +68,7 @@ def tables(register: str | pathlib.Path, *, delta: float = 1e-5, only: Sequence[
         source.fingerprint: source  # the last name of a site that was renamed
         for run in runs
         for plan in run.plans.values()
-        for source in plan.sources
+        for source in plan.holding.sources
     }
     parts = [part for source in sorted(sources.values()) for part in _site(runs, source, delta)]
     assumed = "\n".join(f"- {line}" for line in across_runs.ASSUMPTIONS)
@@ -98,13 +98,15 @@ def _site(runs: Sequence[Run], source: SiteSource, delta: float) -> list[str]:
 def _runs(runs: Sequence[Run], source: SiteSource) -> str:
     body = []
     for run in runs:
-        for client, plan in run.plans.items():
-            if source.fingerprint not in {s.fingerprint for s in plan.sources}:
-                continue
-            how = (plan.mechanism["placement"], plan.mechanism["unit"])
-            rounds = f"{plan.rounds} {'charged' if run.has_ended else 'planned'}"
-            seed = "secret" if run.seed < 0 else str(run.seed)
-            body.append([run.name, run.run_id[:8], run.experiment, client, seed, *how, rounds])
+        plans = {c: p for c, p in run.plans.items() if source.fingerprint in p.fingerprints}
+        if not plans:
+            continue
+        plan = max(plans.values(), key=lambda plan: plan.rounds)
+        client = next(iter(plans)) if len(plans) == 1 else f"{len(plans)} clients"
+        seed = "secret" if run.seed < 0 else str(run.seed)
+        how = (plan.mechanism["placement"], plan.mechanism["unit"])
+        rounds = f"{plan.rounds} {'charged' if run.has_ended else 'planned'}"
+        body.append([run.name, run.run_id[:8], run.experiment, client, seed, *how, rounds])
     return _markdown(
         ["run", "id", "experiment", "client", "seed", "placement", "unit", "rounds"], body
     )

@@ -5,6 +5,11 @@ import pathlib
 
 import pytest
 
+from tests import mutants
+
+# Before any test imports the library.
+mutants.apply_from_environment()
+
 
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:

@@ -155,6 +155,13 @@ def no_pictures():
         yield
 
 
+def device(config, seed=0):
+    """The device side of a run before anything is compiled."""
+    model = assembly.make_model(config, len(federation().class_names))
+    sites = assembly.make_sites(config, federation(), dimension=model.dimension)
+    return assembly.make_device(config, federation(), model, sites, jax.random.key(seed))
+
+
 # --- what a run leaves
 
 
@@ -199,7 +206,7 @@ def read_json(path):
 def without_times(tree):
     """A log line or summary without what the clock measured."""
     if isinstance(tree, dict):
-        clocked = ("seconds", "device_seconds", "throughput")
+        clocked = ("seconds", "device_seconds", "throughput", "across_runs")
         return {name: without_times(v) for name, v in tree.items() if name not in clocked}
     return tree
 

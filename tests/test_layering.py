@@ -41,18 +41,21 @@ HOST_ONLY = (
     "fixed_point",
     "secret_sharing",
     "secure_aggregation",
+    "disclosure",
     "statement",
+    "statement_check",
     "journal",
     "run_records",
     "register",
     "composition",
     "across_runs",
+    "audit",
 )
 """Files of `privacy/` that run before, or without, a device."""
 
 PRIVACY_MAY_IMPORT = {
     "clipping": {"blocks"},
-    "quantisation": {"blocks", "clipping", "discrete_gaussian"},  # a unit is clipped before it is quantised
+    "quantisation": {"blocks", "clipping", "discrete_gaussian"},  # clipped, then quantised
     "pld": {"events"},
     "renyi": {"events"},
     "accounting": {"events", "pld", "renyi"},
@@ -61,7 +64,9 @@ PRIVACY_MAY_IMPORT = {
     "mechanism": {"calibration", "guarantees", "settings"},
     "budgets": {"guarantees", "mechanism", "settings"},
     "secure_aggregation": {"fixed_point", "secret_sharing"},
-    "statement": {"mechanism", "accounting", "events", "guarantees"},
+    "disclosure": {"settings"},
+    "statement": {"disclosure", "mechanism", "accounting", "events"},
+    "statement_check": {"mechanism", "statement"},
     "ledger": {"journal"},
     "register": {"journal", "run_records"},
     "composition": {"accounting", "events"},

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 from fedjax_dp.privacy.mechanism import Mechanism
 from fedjax_dp.privacy.register import Register
 from fedjax_dp.registration import REGISTER_NAME, register_run
@@ -20,7 +20,8 @@ MECHANISM = Mechanism(
 
 def begin(folder, **changes):
     settings = {
-        "experiment": "feddp", "seed": -1, "tile_size": 32, "sources": SOURCES, "is_pooled": False,
+        "experiment": "feddp", "seed": -1, "tile_size": 32,
+        "holdings": {name: Holding((source,), True, False) for name, source in SOURCES.items()},
         "mechanisms": dict.fromkeys(SOURCES, MECHANISM), "charged": {}, "rounds_left": 10,
         "limits": {},
     }  # fmt: skip
@@ -44,7 +45,7 @@ def test_runs_of_one_folder_share_a_register(tmp_path):
         ("a", -1, "32 px"),
         ("b", 3, "32 px"),
     ]
-    assert runs[0].plans["oak"].sources == (SOURCES["oak"],)
+    assert runs[0].plans["oak"].holding.sources == (SOURCES["oak"],)
 
 
 def test_the_register_lies_beside_a_workdir_named_by_a_relative_path(tmp_path, monkeypatch):
@@ -83,9 +84,13 @@ def test_a_copy_and_a_workdir_made_anew_are_runs_of_their_own(tmp_path):
 
 
 def test_a_pool_holds_the_data_of_every_site(tmp_path):
-    pooled = begin(tmp_path / "a", is_pooled=True, mechanisms={"pooled": MECHANISM})
+    pooled = begin(
+        tmp_path / "a",
+        holdings={"pooled": Holding(tuple(SOURCES.values()), True, False)},
+        mechanisms={"pooled": MECHANISM},
+    )
     (run,) = pooled.register.runs("f2")
-    assert run.plans["pooled"].sources == tuple(SOURCES.values())
+    assert run.plans["pooled"].holding.sources == tuple(SOURCES.values())
     pooled.close({"pooled": 10})
     assert set(pooled.across_runs(1e-5)["sites"]) == {"oak", "elm"}
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 from fedjax_dp.privacy import across_runs
 from fedjax_dp.privacy.mechanism import Mechanism
 from fedjax_dp.privacy.register import Plan, Register, Run
@@ -59,8 +59,7 @@ def register_run(
     experiment: str,
     seed: int,
     tile_size: int,
-    sources: Mapping[str, SiteSource],
-    is_pooled: bool,
+    holdings: Mapping[str, Holding],
     mechanisms: Mapping[str, Mechanism],
     charged: Mapping[str, int],
     rounds_left: int,
@@ -78,8 +77,7 @@ def register_run(
         experiment: name of the experiment.
         seed: -1 where the randomness is secret.
         tile_size: side of a tile, pixels.
-        sources: of `data.federation.site_sources`, before sites are pooled.
-        is_pooled: whether the one client holds the data of all sites.
+        holdings: client -> what it holds, of `data.sources.holdings`.
         mechanisms: client -> its mechanism.
         charged: client -> rounds charged up to now; absent means none.
         rounds_left: rounds after the state that the run goes on from.
@@ -100,8 +98,7 @@ def register_run(
     for client, mechanism in mechanisms.items():
         spent = charged.get(client, 0)
         left = min(rounds_left, max(limits.get(client, spent + rounds_left) - spent, 0))
-        held = tuple(sources.values()) if is_pooled else (sources[client],)
-        plans[client] = Plan(held, mechanism.descriptor(), spent + left)
+        plans[client] = Plan(holdings[client], mechanism.descriptor(), spent + left)
     run = Run(
         run_id=run_id,
         name=folder.name,
@@ -117,7 +114,8 @@ def register_run(
             f"Cannot write {register.path} ({error.strerror}), where all runs on the same data are "
             "written down. Use a workdir in a folder that can be written, such as runs/NAME."
         ) from error
-    return Registration(register, run_id, tuple(sources.values()))
+    sources = dict.fromkeys(source for held in holdings.values() for source in held.sources)
+    return Registration(register, run_id, tuple(sources))
 
 
 def _run_id(folder: pathlib.Path) -> str:

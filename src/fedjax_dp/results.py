@@ -16,11 +16,13 @@ from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.tiles import IGNORE_INDEX, TileTable
 from fedjax_dp.evaluation import Evaluator
 from fedjax_dp.federated.cohort import client_mesh
-from fedjax_dp.privacy.statement import statement
+from fedjax_dp.privacy.mechanism import Mechanism
+from fedjax_dp.privacy.statement import INFINITY, decode, proven, statement
 from fedjax_dp.reporting import pictures
-from fedjax_dp.reporting.log import write_json
+from fedjax_dp.reporting.log import write_json, write_text
+from fedjax_dp.reporting.officer import statement_page
 from fedjax_dp.reporting.progress import busy
-from fedjax_dp.reporting.summary import ComparisonRow
+from fedjax_dp.reporting.summary import ComparisonRow, epsilon_text
 from fedjax_dp.segmentation.metrics import summarise
 from fedjax_dp.workdir import versions
 
@@ -54,11 +56,35 @@ def describe(config: Config, federation: Federation, sites: Sites) -> list[str]:
             f"  {site.name}: {mechanism.num_units} units, q {mechanism.sampling_prob:.4g}, noise "
             f"multiplier {mechanism.noise_multiplier:.4g}, {rounds} rounds: epsilon {epsilon:.3f} "
             f"at delta {privacy.target_delta:g}"
+            + "".join(
+                f"; one {unit} {text}"
+                for unit, text in conversions(
+                    mechanism, rounds, privacy.target_delta, client_kind(config)
+                ).items()
+                if unit != mechanism.headline.unit
+            )
         )
     lines += [f"Warning: {warning}" for warning in sites.warnings]
     if config.seed >= 0:
         lines.append("Warning: an integer seed makes the noise reproducible: NOT private.")
     return lines
+
+
+def conversions(
+    mechanism: Mechanism, rounds: int, delta: float, client_is: str = "site"
+) -> dict[str, str]:
+    """What the headline's adversary is proven to learn of one tile and of one patient, in words."""
+    headline = mechanism.headline
+    rows = [row for row in mechanism.guarantees() if row.adversary == headline.adversary]
+    texts = {}
+    for unit in ("tile", "patient"):
+        covering = [row for row in rows if row.covers(unit, client_is=client_is)]
+        epsilons = {row.name: row.epsilon(rounds, delta) for row in covering}
+        found = proven(covering, epsilons, unit, client_is)
+        texts[unit] = f"no valid conversion: {found['reason']}"
+        if found["epsilon"] is not None:
+            texts[unit] = epsilon_text(decode(found["epsilon"]))
+    return texts
 
 
 def finish(
@@ -74,6 +100,7 @@ def finish(
     charged: Mapping[str, int],
     position: Position,
     compile_seconds: float,
+    across_runs: Mapping[str, Any] | None = None,
     progress: bool,
 ) -> dict[str, Any]:
     """Evaluates on test and external tiles, draws, states and sums up; returns the summary."""
@@ -85,8 +112,9 @@ def finish(
     with busy("Drawing, and stating what is protected", show=progress):
         draw_overlays(folder, federation, evaluator, params)
         draw_curves(folder, lines)
-        stated = privacy_statement(config, federation, sites, charged)
+        stated = privacy_statement(config, sites, charged, across_runs)
     write_json(folder / "privacy.json", stated)
+    write_text(folder / "privacy.md", statement_page(stated))
     seconds = max(position.seconds, 1e-9)
     summary = {
         "experiment": experiment,
@@ -112,24 +140,18 @@ def comparison_row(name: str, summary: Mapping[str, Any], split: str = "test") -
     scores = summary[split] or {}
     privacy = summary["privacy"]
 
-    def proven(unit: str) -> float | None:
-        """The smallest epsilon proven for `unit`.
-
-        A row for the whole client covers its units only where any of the client's data may change:
-        zeroing one tile or patient is not zeroing the client, and moves the update twice as far.
-        """
-        rows = [
-            _number(row["epsilon"])
-            for key, row in privacy["guarantees"].items()
-            if row["epsilon"] is not None and (row["unit"] == unit or key == "client_replace")
-        ]
-        return min(rows, default=None)
+    def worst(unit: str) -> float | None:
+        """Of all clients, as the statement proves it; without any guarantee it is infinite."""
+        known = privacy[f"{unit}_epsilon"]
+        if known is not None:
+            return decode(known["max"])
+        return math.inf if privacy["epsilon"]["max"] == INFINITY else None
 
     return ComparisonRow(
         name=name,
         **{metric: scores.get(metric) for metric in ("dice", "jaccard", "accuracy")},
-        tile_epsilon=proven("tile"),
-        patient_epsilon=proven("patient"),
+        tile_epsilon=worst("tile"),
+        patient_epsilon=worst("patient"),
     )
 
 
@@ -155,8 +177,16 @@ def predict(
     return evaluator.predictions(params, images)
 
 
+def client_kind(config: Config) -> str:
+    """What a client of the run is: a "site", a "patient", or the "pool" of all sites."""
+    return "pool" if config.federation.pooled else config.federation.clients
+
+
 def privacy_statement(
-    config: Config, federation: Federation, sites: Sites, charged: Mapping[str, int]
+    config: Config,
+    sites: Sites,
+    charged: Mapping[str, int],
+    across_runs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The statement of the run, rule by rule; see `privacy.statement.statement`."""
     notes = []
@@ -170,9 +200,11 @@ def privacy_statement(
         charged,
         target_delta=config.privacy.target_delta,
         is_private_randomness=config.seed < 0,
+        client_is=client_kind(config),
         unit_note=sites.unit_note,
         not_accounted=notes,
         warnings=sites.warnings,
+        across_runs=across_runs,
     )
 
 
@@ -235,9 +267,7 @@ def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[st
     """The summary's part on privacy, taken from the statement."""
     clients = stated["clients"]
     epsilon = {name: entry["epsilon"] for name, entry in clients.items()}
-    patient = {name: entry["patient_epsilon"] for name, entry in clients.items()}
-    is_known = all(entry["epsilon"] is not None for entry in patient.values())
-    reasons = {entry["reason"] for entry in patient.values() if entry["reason"]}
+    is_protected = stated["placement"] not in ("none", "update_unclipped")
     rows: dict[str, dict[str, Any]] = {}
     for entry in clients.values():
         for row in entry["guarantees"]:
@@ -245,30 +275,35 @@ def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[st
                 row["name"],
                 {"unit": row["unit"], "relation": row["relation"], "epsilon": 0.0},
             )
-            valid = row["event"] is not None or config.privacy.placement == "none"
+            valid = row["event"] is not None or not is_protected
             if not valid or seen["epsilon"] is None:
                 seen["epsilon"] = None  # no valid guarantee at one client is none at all
             else:
-                seen["epsilon"] = max(seen["epsilon"], row["epsilon"], key=_number)
+                seen["epsilon"] = max(seen["epsilon"], row["epsilon"], key=decode)
+    converted: dict[str, Any] = {}
+    for unit in ("tile", "patient"):
+        of_client = {name: entry[f"{unit}_epsilon"] for name, entry in clients.items()}
+        reasons = {entry["reason"] for entry in of_client.values() if entry["reason"]}
+        is_known = all(entry["epsilon"] is not None for entry in of_client.values())
+        converted[f"{unit}_epsilon_reason"] = "; ".join(sorted(reasons)) or None
+        converted[f"{unit}_epsilon"] = None
+        if is_known:
+            per_client = {name: entry["epsilon"] for name, entry in of_client.items()}
+            worst = max(per_client.values(), key=decode)
+            converted[f"{unit}_epsilon"] = {"max": worst, "per_client": per_client}
     return {
         "placement": config.privacy.placement,
         "unit": sites.unit,
         "relation": stated["relation"],
         "target_delta": config.privacy.target_delta,
         "accountant": stated["accountant"],
-        "is_private": config.seed < 0 and config.privacy.placement != "none",
+        "is_private": stated["private"],
         "protected": stated["protected"],
-        "epsilon": {"max": max(epsilon.values(), key=_number), "per_client": epsilon},
-        "patient_epsilon": {
-            "max": max((e["epsilon"] for e in patient.values()), key=_number),
-            "per_client": {name: entry["epsilon"] for name, entry in patient.items()},
-        }
-        if is_known
-        else None,
+        "epsilon": {"max": max(epsilon.values(), key=decode), "per_client": epsilon},
+        "epsilon_by_adversary": {
+            adversary: entry["epsilon"]
+            for adversary, entry in stated["epsilon_by_adversary"].items()
+        },
+        **converted,
         "guarantees": rows,
-        "patient_epsilon_reason": "; ".join(sorted(reasons)) or None,
     }
-
-
-def _number(value: float | str) -> float:
-    return math.inf if isinstance(value, str) else value

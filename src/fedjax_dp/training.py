@@ -17,7 +17,8 @@ from fedjax_dp import assembly, results, workdir
 from fedjax_dp.assembly import Device, Programs, Sites
 from fedjax_dp.checkpoint import Checkpoints, Position
 from fedjax_dp.config import Config, by_site, check, config_hash
-from fedjax_dp.data.federation import Federation, fingerprint
+from fedjax_dp.data.federation import Federation, fingerprint, site_sources
+from fedjax_dp.data.sources import holdings
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
@@ -27,6 +28,7 @@ from fedjax_dp.privacy.clipping import UnitSums
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
 from fedjax_dp.privacy.secrets import Secrets
 from fedjax_dp.privacy.secure_aggregation import AbortedRoundError
+from fedjax_dp.registration import register_run
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.metrics import summarise
@@ -87,6 +89,7 @@ def run(
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
         federation = assembly.load_federation(config, progress=progress)
+    by_site, sources = federation.train, site_sources(federation)
     federation = assembly.with_clients(config, federation)
     data_fingerprint = fingerprint(federation)
     workdir.check(folder, experiment, config, data_fingerprint)
@@ -127,11 +130,23 @@ def run(
             ledger, checkpoints, log, say,
         )  # fmt: skip
         state, position = _start(this, charges)
+        limits = _limits(config, sites)
+        registration = register_run(
+            folder,
+            experiment=experiment,
+            seed=config.seed,
+            tile_size=config.data.tile_size,
+            holdings=holdings(by_site, federation.train, sources),
+            mechanisms={site.name: site.mechanism for site in sites.sites},
+            charged=charges.counts(),
+            rounds_left=config.federation.rounds - position.round,
+            limits=limits,
+        )
         maker = RoundMaker(
             sites=sites.sites,
             secrets=secrets,
             charges=charges,
-            limits=_limits(config, sites),
+            limits=limits,
             # The first parameters too: `model.init_from` names a folder that may change.
             environment=workdir.environment_hash(
                 {**device.plan, "initial": _digest(device.state.params)}
@@ -145,6 +160,7 @@ def run(
             dropout_prob=config.federation.dropout_prob,
         )
         state, position = _rounds(this, maker, state, position, stop, progress)
+        registration.close(charges.counts())
         summary = results.finish(
             this.folder,
             config=config,
@@ -157,6 +173,7 @@ def run(
             charged=charges.counts(),
             position=position,
             compile_seconds=programs.compile_seconds,
+            across_runs=registration.across_runs(config.privacy.target_delta),
             progress=progress,
         )
         if secrets.is_private:

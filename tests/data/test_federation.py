@@ -17,6 +17,7 @@ from fedjax_dp.data.federation import (
     unit_index,
 )
 from fedjax_dp.data.manifest import ManifestError, read_manifest
+from fedjax_dp.data.sources import Holding, holdings
 from fedjax_dp.data.splits import split_of
 from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.data.tiles import IGNORE_INDEX
@@ -377,6 +378,36 @@ def test_a_drawn_source_is_all_that_its_pixels_depend_on():
         assert not {s.fingerprint for s in drawn(**other).values()} & {
             s.fingerprint for s in found.values()
         }, other
+
+
+def test_what_clients_hold_that_are_not_the_sites(write):
+    rows = [*ROWS, ("e0", "e", "s", "train"), ("e1", "e", "s", "train")]
+    federation = federation_from_manifest(write(rows), tile_size=16)
+    sources, table = site_sources(federation), federation.train
+    same = holdings(table, table, sources)
+    assert same == {
+        "a": Holding((sources["a"],), is_whole=True, is_patient=False),
+        "b": Holding((sources["b"],), is_whole=True, is_patient=False),
+        "e": Holding((sources["e"],), is_whole=True, is_patient=True),
+    }
+    zeros = np.zeros_like(table.site)
+    pooled = dataclasses.replace(table, sites=("all",), site=zeros)
+    assert holdings(table, pooled, sources) == {
+        "all": Holding(tuple(sources.values()), is_whole=True, is_patient=False)
+    }
+    known = np.flatnonzero(table.patient >= 0)  # b does not know its patients
+    only = {name: getattr(table, name)[known] for name in ("images", "labels", "slide", "patient")}
+    by_site = dataclasses.replace(table, **only, site=table.site[known])
+    by_patient = dataclasses.replace(by_site, sites=table.patients, site=by_site.patient)
+    assert holdings(by_site, by_patient, sources) == {
+        "p0": Holding((sources["a"],), is_whole=False, is_patient=True),
+        "p1": Holding((sources["a"],), is_whole=False, is_patient=True),
+        "s": Holding((sources["e"],), is_whole=True, is_patient=True),
+    }
+    halves = dataclasses.replace(table, sites=("x", "y"), site=np.arange(len(table)) % 2)
+    assert not any(h.is_whole or h.is_patient for h in holdings(table, halves, sources).values())
+    with pytest.raises(ValueError, match="same tiles"):
+        holdings(table, by_site, sources)
 
 
 def test_the_real_federation(real_data):

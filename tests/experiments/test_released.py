@@ -9,9 +9,15 @@ from absl import app
 
 from experiments import released
 from experiments.released import tables
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 from fedjax_dp.privacy.mechanism import Mechanism
 from fedjax_dp.privacy.register import Plan, Register, Run
+
+
+def held(*sources):
+    """What a client holds that is one whole site, or a pool of sites."""
+    return Holding(sources, is_whole=True, is_patient=False)
+
 
 OAK, ELM = SiteSource("oak", "f1" * 16, "p1"), SiteSource("elm", "f2" * 16, "p2")
 
@@ -28,7 +34,7 @@ def register(tmp_path):
     """Three seeds at epsilon 8 on oak, the last of them killed."""
     made = Register(tmp_path / "privacy_register.jsonl")
     for i in range(3):
-        add(made, i, {"oak": Plan((OAK,), mechanism(), 250)})
+        add(made, i, {"oak": Plan(held(OAK), mechanism(), 250)})
     for i in range(2):
         made.close_run(f"{i:032x}", {"oak": 250})
     return made
@@ -71,8 +77,13 @@ def test_some_runs_alone(register):
 
 
 def test_what_a_reader_must_know(register):
-    add(register, 3, {"pooled": Plan((OAK, ELM), mechanism("none", 0.0), 9)}, "pool", seed=4)
-    add(register, 4, {"oak": Plan((OAK._replace(fingerprint="f3" * 16),), mechanism(), 5)}, "other")
+    add(register, 3, {"pooled": Plan(held(OAK, ELM), mechanism("none", 0.0), 9)}, "pool", seed=4)
+    add(
+        register,
+        4,
+        {"oak": Plan(held(OAK._replace(fingerprint="f3" * 16)), mechanism(), 5)},
+        "other",
+    )
     text = tables(register.path)
     (oak,) = [part for part in text.split("### ") if part.startswith("oak (data f1f1f1f1)")]
     assert line(oak, "patient")[1] == "none valid"

@@ -257,7 +257,7 @@ def results_on_two_devices():
     root = pathlib.Path(__file__).resolve().parents[2]
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", two_devices.__name__],
+        [sys.executable, "-m", "tests.mutants", two_devices.__name__],
         cwd=root,
         env=os.environ | flags,
         capture_output=True,

@@ -18,7 +18,7 @@ anew, from the root of the repository, in a virtual environment of its own:
     pip install prv-accountant jax-privacy mpmath
     python -m tests.privacy.oracle_epsilons --output=tests/privacy/oracle_epsilons.json
 
-It takes some minutes, and a few gigabytes of memory for the smallest epsilons.
+It takes a quarter of an hour, and five gigabytes of memory for the smallest epsilons.
 """
 
 import argparse

@@ -28,7 +28,7 @@ SAMPLED = [
     (relation, case) for relation in ("zero_out", "replace_one") for case in FIGURES[relation]
 ]
 GRID = accounting.DEFAULT_GRID
-ESTIMATE_ERROR = FIGURES["prv_eps_error"] / 100
+ESTIMATE_ERROR = FIGURES["prv_eps_error"] / 1000
 """The oracle's estimate lies in the middle of its bounds and is far better than they prove: the
 closed forms say how good (`test_the_oracles_agree_with_each_other`)."""
 
@@ -42,7 +42,7 @@ def epsilon(relation, case, *, noise=1.0, prob=1.0, grid=GRID):
 def cost_of_grid(relation, case, grid=GRID):
     """How much of epsilon the rounding to `grid` adds, to leading order."""
     q, z, delta = case["sampling_prob"], case["noise_multiplier"], case["delta"]
-    noise = np.linspace(-12, 12, 100_001)
+    noise = np.linspace(-12, 12, 20_001)
     weight = stats.norm.pdf(noise) / stats.norm.pdf(noise).sum()
     variance = 0.0
     for mean, share in ((0, 1 - q), (1, q)):
@@ -54,11 +54,14 @@ def cost_of_grid(relation, case, grid=GRID):
         variance += share * np.sum(weight * above * (grid - above))
     exact = case["prv_accountant"]["estimate"]
 
-    def of_gaussian(mu):
+    def of_gaussian(mu, delta=delta):
         return gaussian_mechanism.get_epsilon_gaussian(1 / mu, delta)
 
     mu = optimize.brentq(lambda mu: of_gaussian(mu) - exact, 1e-3, 30, xtol=1e-12)
-    return of_gaussian(math.sqrt(mu**2 + case["steps"] * variance)) / exact - 1
+    rounded = of_gaussian(math.sqrt(mu**2 + case["steps"] * variance))
+    # The curve is a chord between grid points, as in `test_one_step_is_the_closed_form`.
+    slope = 0.01 / (of_gaussian(mu, delta * math.exp(-0.01)) - exact)
+    return (rounded + grid**2 * slope / 8) / exact - 1
 
 
 def grid_of_a_percent(relation, case):
@@ -142,22 +145,23 @@ def test_one_step_is_the_closed_form(case):
     """Sampled under both relations, and a patient of several tiles.
 
     The curve delta(epsilon) is exact at grid points and a chord between them: epsilon errs
-    upwards, by grid^2 / 8 times -d log(delta) / d epsilon, which is below 20 for these events; and
-    the grid of the largest group is 6e-3.
+    upwards, by at most grid^2 / 8 times -d log(delta) / d epsilon, which is below 20 for these
+    events. Groups are slow, so they get a coarse grid.
     """
     q, z, delta, kind = (
         case[name] for name in ("sampling_prob", "noise_multiplier", "delta", "kind")
     )
-    size = case["group_size"]
+    size, grid = case["group_size"], 2e-2 if kind == "group" else GRID
+    tolerance = 20 * grid**2 / 8
 
     def excess(z):
         event = group(size, q, z) if kind == "group" else poisson(q, z)
         relation = "replace_one" if kind == "replace_one" else "zero_out"
-        return accounting.epsilon(event, 1, delta, relation) - case["closed_form"]
+        return accounting.epsilon(event, 1, delta, relation, grid=grid) - case["closed_form"]
 
-    assert -1e-7 <= excess(z) <= 1e-4
-    assert excess(1.02 * z) < -1e-4
-    assert excess(0.98 * z) > 1e-3
+    assert -1e-7 <= excess(z) <= tolerance
+    assert excess(1.02 * z) < -1e-7
+    assert excess(0.98 * z) > tolerance
 
 
 def sums_of_a_truncated_batch(n, q, capacity, own, others):
@@ -277,7 +281,7 @@ def test_a_capacity_of_all_is_no_truncation_and_less_costs_more(q, z, steps, del
     ]
     untruncated = accounting.epsilon(poisson(q, z), steps, delta)
     assert values[0] == untruncated
-    assert untruncated * (1 - 1e-9) <= values[1]
+    assert untruncated * (1 - 1e-7) <= values[1]  # grids differ in rounding
     assert values[0] < values[2]
 
 

@@ -1,17 +1,24 @@
 """Epsilon if all runs are released: known totals, every row's meaning, and what is not valid."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 from dp_accounting import dp_event
 
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 from fedjax_dp.privacy import accounting, across_runs
 from fedjax_dp.privacy.across_runs import epsilon_if_all_released
 from fedjax_dp.privacy.composition import Charge, composed_epsilon
 from fedjax_dp.privacy.mechanism import Guarantee, Mechanism
 from fedjax_dp.privacy.register import Plan, Register, Run
+
+
+def held(*sources):
+    """What a client holds that is one whole site, or a pool of sites."""
+    return Holding(sources, is_whole=True, is_patient=False)
+
 
 DELTA = 1e-5
 OAK = SiteSource("oak", "f1", "p1")
@@ -31,7 +38,7 @@ EPSILON_8 = mechanism()
 
 
 def run(number=0, made=EPSILON_8, rounds=250, **changes):
-    plans = {"oak": Plan((OAK,), made.descriptor(), rounds)}
+    plans = {"oak": Plan(held(OAK), made.descriptor(), rounds)}
     settings = {"name": f"run{number}", "seed": -1, "experiment": "feddp", "tile": "32 px"}
     return Run(run_id=f"{number:032x}", **settings | {"plans": plans} | changes)
 
@@ -77,7 +84,7 @@ def test_a_run_that_crashed_counts_with_all_its_planned_rounds(tmp_path):
 
 
 def test_data_of_another_fingerprint_and_runs_without_rounds_cost_nothing():
-    runs = [run(0), run(1, plans={"oak": Plan((ELM,), EPSILON_8.descriptor(), 250)})]
+    runs = [run(0), run(1, plans={"oak": Plan(held(ELM), EPSILON_8.descriptor(), 250)})]
     none = run(2, mechanism("none"), rounds=0)
     assert total([*runs, none]) == total(runs[:1])
     assert total(runs, fingerprint="f3").epsilon == 0.0
@@ -145,7 +152,7 @@ def test_tiles_of_two_sizes_are_unlike_units_and_patients_are_not():
 
 
 def test_other_patients_for_the_same_images_do_not_add_up():
-    other = {"oak": Plan((OAK._replace(patients="p9"),), EPSILON_8.descriptor(), 250)}
+    other = {"oak": Plan(held(OAK._replace(patients="p9")), EPSILON_8.descriptor(), 250)}
     found = total([run(0), run(1, plans=other)])
     assert found.epsilon == math.inf
     assert found.reason == "run0, run1: the runs know different images to be one patient's"
@@ -167,18 +174,71 @@ def test_update_protects_client_and_record_each_by_its_best_row():
 def test_the_zeroing_of_a_pool_is_not_that_of_a_site():
     update = mechanism("update", noise_multiplier=20.0)
     rows = {row.name: row for row in update.guarantees()}
-    pooled = run(0, plans={"pooled": Plan((OAK, ELM), update.descriptor(), 10)})
+    pooled = run(0, plans={"pooled": Plan(held(OAK, ELM), update.descriptor(), 10)})
     for fingerprint in ("f1", "f2"):
         found = total([pooled], "client", fingerprint).epsilon
         assert found == rows["client_replace"].epsilon(10, DELTA)
         assert found > rows["client"].epsilon(10, DELTA)
-    sgd = run(0, plans={"pooled": Plan((OAK, ELM), EPSILON_8.descriptor(), 250)})
+    sgd = run(0, plans={"pooled": Plan(held(OAK, ELM), EPSILON_8.descriptor(), 250)})
     assert total([sgd, run(1)]).epsilon == total([run(0), run(1)]).epsilon
     assert total([sgd], "client").epsilon == math.inf
     with pytest.MonkeyPatch.context() as patch:  # a placement without a row for any change
         patch.setattr(Mechanism, "guarantees", lambda _: (row("server", 20.0, unit="client"),))
         assert "zeroing a pool" in total([pooled], "client").reason
         assert total([run(0, update)], "client").reason == ""
+
+
+def patients(*made, rounds=10):
+    """A run whose clients are patients of the oak, each with its own mechanism."""
+    held_by = Holding((OAK,), is_whole=False, is_patient=True)
+    plans = {f"p{i}": Plan(held_by, m.descriptor(), rounds) for i, m in enumerate(made)}
+    return run(0, plans=plans)
+
+
+def test_where_clients_are_patients_a_patient_is_one_client_and_not_all():
+    update = mechanism("update", num_units=1, capacity=1, sampling_prob=1.0, noise_multiplier=20.0)
+    rows = {row.name: row for row in update.guarantees()}
+    one = patients(update, update, update)
+    assert total([one]).epsilon == rows["client"].epsilon(10, DELTA)
+    assert total([one], "tile").epsilon == rows["client_replace"].epsilon(10, DELTA)
+    whole = total([one], "client")
+    assert whole.epsilon == math.inf
+    assert "nothing is proven for all of them at once" in whole.reason
+    twice = total([one, dataclasses.replace(one, name="again")])
+    assert twice.epsilon == pytest.approx(rows["client"].epsilon(20, DELTA), rel=1e-6)
+
+
+def test_of_patients_with_unlike_mechanisms_the_worst_counts():
+    quiet, loud = (
+        mechanism("update", num_units=1, capacity=1, sampling_prob=1.0, noise_multiplier=z)
+        for z in (20.0, 40.0)
+    )
+    for made in ((quiet, loud), (loud, quiet)):
+        assert total([patients(*made)]).epsilon == total([patients(quiet)]).epsilon
+
+
+def test_clients_that_share_data_otherwise_have_no_total():
+    half = Holding((OAK,), is_whole=False, is_patient=False)
+    plans = {name: Plan(half, EPSILON_8.descriptor(), 250) for name in ("left", "right")}
+    found = total([run(0, plans=plans)])
+    assert found.epsilon == math.inf
+    assert "several clients hold the data" in found.reason
+
+
+def test_where_a_site_is_one_patient_its_zeroing_is_the_patients():
+    update = mechanism("update", noise_multiplier=20.0)
+    one = run(0, plans={"oak": Plan(Holding((OAK,), True, True), update.descriptor(), 10)})
+    client = {row.name: row for row in update.guarantees()}["client"]
+    assert total([one]).epsilon <= client.epsilon(10, DELTA)
+    assert total([one], "client").epsilon == client.epsilon(10, DELTA)
+
+
+def test_other_patients_may_lie_in_several_clients():
+    update = mechanism("update", num_units=1, capacity=1, sampling_prob=1.0, noise_multiplier=20.0)
+    other = {"oak": Plan(held(OAK._replace(patients="p9")), update.descriptor(), 10)}
+    found = total([patients(update, update), run(1, plans=other)])
+    assert found.epsilon == math.inf
+    assert found.unprotected == ("run0",)  # what covers any change of a site covers any patient
 
 
 def row(adversary, z, unit="patient", relation="zero_out", **changes):
@@ -243,8 +303,8 @@ def test_a_row_for_another_change_of_data_does_not_count(rows, relation):
 
 
 def test_a_mechanism_of_another_version_is_named():
-    strange = run(4, plans={"oak": Plan((OAK,), EPSILON_8.descriptor() | {"colour": 1}, 5)})
-    with pytest.raises(ValueError, match=r"client='oak' of run 'run4' cannot be rebuilt .*colour"):
+    strange = run(4, plans={"oak": Plan(held(OAK), EPSILON_8.descriptor() | {"colour": 1}, 5)})
+    with pytest.raises(ValueError, match=r"of run 'run4' cannot be rebuilt .*colour"):
         total([run(0), strange])
 
 
@@ -255,7 +315,7 @@ def test_delta_is_checked(delta):
 
 
 def test_the_statements_part_is_json_and_holds_no_fingerprint():
-    other = run(2, plans={"oak": Plan((ELM._replace(site="oak"),), EPSILON_8.descriptor(), 250)})
+    other = run(2, plans={"oak": Plan(held(ELM._replace(site="oak")), EPSILON_8.descriptor(), 250)})
     runs = [run(0, has_ended=True), run(1, mechanism("none"), seed=5), other]
     part = across_runs.to_json(runs, [OAK], DELTA)
     text = json.dumps(part, allow_nan=False)

@@ -92,8 +92,13 @@ def test_an_event_without_a_replace_one_bound_is_added():
     charges = [Charge(GROUP, 10, "zero_out"), Charge(gaussian(50.0), 10, "replace_one")]
     with pytest.raises(ValueError, match="No accounting"):
         accounting.epsilon(GROUP, 10, DELTA, "replace_one")
-    alone = [accounting.epsilon(c.event, c.rounds, DELTA, c.relation) for c in charges]
-    assert max(alone) < composed_epsilon(charges, DELTA) < 1.5 * sum(alone)
+    group, one = (
+        lambda delta, c=c: accounting.epsilon(c.event, c.rounds, delta, c.relation) for c in charges
+    )
+    shared = [group(part * DELTA) + one((1 - part) * DELTA) for part in (0.1, 0.5, 0.9)]
+    assert composed_epsilon(charges, DELTA) == pytest.approx(min(shared), rel=1e-9)
+    # Delta spent twice would be a smaller number, and no bound.
+    assert composed_epsilon(charges, DELTA) > 1.01 * (group(DELTA) + one(DELTA))
 
 
 def test_an_event_that_nobody_can_account_is_an_error():
@@ -109,6 +114,21 @@ def test_less_noise_of_the_same_event_is_evidently_the_strongest():
     assert strongest(nested) == nested[-1:]
     repeated = [Charge(dp_event.SelfComposedDpEvent(gaussian(z), 2), 1, "zero_out") for z in (1, 2)]
     assert strongest(repeated) == repeated[:1]
+    unlimited = truncated(1.0, capacity=50)  # never cut: the plain Poisson event
+    charges = [Charge(e, 3, "zero_out") for e in (poisson(0.1, 2.0), unlimited, gaussian(0.0))]
+    assert strongest(charges[:2]) == [charges[1]]
+    assert strongest(charges) == [charges[2]]
+
+
+@pytest.mark.parametrize("relation", ["zero_out", "replace_one"])
+def test_a_larger_probability_of_poisson_sampling_loses_no_less(relation):
+    often, seldom = (Charge(poisson(q, 1.0), 10, relation) for q in (0.2, 0.1))
+    assert strongest([seldom, often]) == strongest([often, seldom]) == [often]
+    for rounds, delta in ((1, 1e-3), (30, 1e-5), (30, 1e-8)):
+        low, high = (accounting.epsilon(c.event, rounds, delta, relation) for c in (seldom, often))
+        assert low < high
+    other = Charge(poisson(0.1, 0.9), 10, relation)
+    assert strongest([often, other]) == [often, other]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +138,7 @@ def test_less_noise_of_the_same_event_is_evidently_the_strongest():
         Charge(truncated(2.0), 11, "zero_out"),
         Charge(truncated(2.0, capacity=13), 10, "zero_out"),
         Charge(gaussian(2.0), 10, "zero_out"),
-        Charge(dp_event.ComposedDpEvent([truncated(2.0)]), 10, "zero_out"),
+        Charge(dp_event.ComposedDpEvent([truncated(2.0), gaussian(9.0)]), 10, "zero_out"),
     ],
 )
 def test_where_it_is_not_evident_both_count(other):

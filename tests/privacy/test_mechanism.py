@@ -9,8 +9,8 @@ from dp_accounting import dp_event
 from scipy import stats
 
 from fedjax_dp.privacy import accounting
-from fedjax_dp.privacy.ledger import ChargeLog
 from fedjax_dp.privacy.budgets import make_mechanisms
+from fedjax_dp.privacy.ledger import ChargeLog
 from fedjax_dp.privacy.mechanism import Mechanism, mechanism_from_descriptor
 
 DELTA = 1e-5

@@ -11,8 +11,14 @@ import threading
 
 import pytest
 
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 from fedjax_dp.privacy.register import Plan, Register, Run
+
+
+def held(*sources):
+    """What a client holds that is one whole site, or a pool of sites."""
+    return Holding(sources, is_whole=True, is_patient=False)
+
 
 OAK = SiteSource("oak", "f1", "p1")
 ELM = SiteSource("elm", "f2", "p2")
@@ -20,7 +26,7 @@ MECHANISM = {"placement": "dp_sgd", "unit": "tile", "noise_multiplier": 1.0}
 
 
 def run(number=0, rounds=10, sources=(OAK,), **changes):
-    plans = {source.site: Plan((source,), MECHANISM, rounds) for source in sources}
+    plans = {source.site: Plan(held(source), MECHANISM, rounds) for source in sources}
     settings = {"name": f"run{number}", "seed": -1, "experiment": "feddp", "tile": "32 px"}
     return Run(run_id=f"{number:032x}", **settings | {"plans": plans} | changes)
 
@@ -28,7 +34,9 @@ def run(number=0, rounds=10, sources=(OAK,), **changes):
 def rounds_of(register, fingerprint="f1"):
     """Name of each run -> rounds that count."""
     return {
-        r.name: sum(p.rounds for p in r.plans.values() if p.sources[0].fingerprint == fingerprint)
+        r.name: sum(
+            p.rounds for p in r.plans.values() if p.holding.sources[0].fingerprint == fingerprint
+        )
         for r in register.runs(fingerprint)
     }
 
@@ -63,7 +71,7 @@ def test_a_deleted_workdir_that_starts_anew_counts_twice(register):
 
 
 def test_a_pool_counts_for_each_of_its_sites(register):
-    pooled = {"pooled": Plan((OAK, ELM), MECHANISM, 5)}
+    pooled = {"pooled": Plan(held(OAK, ELM), MECHANISM, 5)}
     register.open_run(run(0, plans=pooled))
     assert len(register.runs("f1")) == len(register.runs("f2")) == 1
 
@@ -104,10 +112,13 @@ def test_rounds_charged_beyond_the_plan_count(register):
         ({"name": "other"}, "another name"),
         ({"seed": 3}, "another seed"),
         ({"tile": "64 px"}, "another tile"),
-        ({"plans": {"oak": Plan((ELM,), MECHANISM, 10)}}, "another sources of oak"),
-        ({"plans": {"oak": Plan((OAK,), {"placement": "none"}, 10)}}, "another mechanism of oak"),
+        ({"plans": {"oak": Plan(held(ELM), MECHANISM, 10)}}, "another data of oak"),
+        (
+            {"plans": {"oak": Plan(held(OAK), {"placement": "none"}, 10)}},
+            "another mechanism of oak",
+        ),
         ({"plans": {}}, "at least one client"),
-        ({"sources": (OAK, ELM)}, "mechanism of elm, sources of elm"),
+        ({"sources": (OAK, ELM)}, "data of elm, mechanism of elm"),
     ],
 )
 def test_a_run_may_not_become_another(register, change, says):
@@ -126,10 +137,10 @@ def test_a_run_may_not_become_another(register, change, says):
         ({"name": ""}, "without those above"),
         ({"seed": -2}, "seed >= -1"),
         ({"seed": 1.0}, "seed >= -1"),
-        ({"plans": {"oak": Plan((OAK,), MECHANISM, -1)}}, "rounds >= 0"),
-        ({"plans": {"oak": Plan((), MECHANISM, 1)}}, "one source"),
-        ({"plans": {"oak": Plan((OAK,), {}, 1)}}, "descriptor"),
-        ({"plans": {"oak": Plan((OAK,), {"placement": float("nan")}, 1)}}, "Out of range"),
+        ({"plans": {"oak": Plan(held(OAK), MECHANISM, -1)}}, "rounds >= 0"),
+        ({"plans": {"oak": Plan(held(), MECHANISM, 1)}}, "one source"),
+        ({"plans": {"oak": Plan(held(OAK), {}, 1)}}, "descriptor"),
+        ({"plans": {"oak": Plan(held(OAK), {"placement": float("nan")}, 1)}}, "Out of range"),
     ],
 )
 def test_what_is_no_run_is_refused(register, change, says):

@@ -263,13 +263,17 @@ def test_rounds_and_noise_of_a_budget():
 
 
 def test_noise_is_found_past_where_shares_are_too_small():
-    """Below sigma 1/2 epsilon is infinite, which the search has to step over."""
-    z = calibration.calibrate_noise_multiplier(
-        lambda z: discrete(1.0, z, sensitivity=2), 1, 1000.0, DELTA
-    )
-    assert math.isfinite(accounting.epsilon(discrete(1.0, z, sensitivity=2), 1, DELTA))
-    below = discrete(1.0, z * (1 - 2e-4), sensitivity=2)
-    assert accounting.epsilon(below, 1, DELTA) > 1000
+    """Below sigma 1/2 epsilon is infinite: the search steps over it, and does not crawl there."""
+    tried = []
+
+    def event(z):
+        tried.append(z)
+        return discrete(1.0, z, sensitivity=3)
+
+    z = calibration.calibrate_noise_multiplier(event, 1, 1000.0, DELTA)
+    assert len(tried) < 40  # a secant through infinity takes 194
+    assert math.isfinite(accounting.epsilon(event(z), 1, DELTA))
+    assert accounting.epsilon(event(z * (1 - 2e-4)), 1, DELTA) > 1000
 
 
 def test_nothing_costs_nothing_and_no_noise_costs_everything():

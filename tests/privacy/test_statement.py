@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -6,7 +7,8 @@ import pytest
 from fedjax_dp.privacy import events
 from fedjax_dp.privacy.budgets import make_mechanisms
 from fedjax_dp.privacy.mechanism import mechanism_from_descriptor
-from fedjax_dp.privacy.statement import INFINITY, recompute_epsilon, statement
+from fedjax_dp.privacy.statement import INFINITY, decode, recompute, recompute_epsilon, statement
+from fedjax_dp.privacy.statement_check import disagreements
 
 ROUNDS = {"A": 7, "B": 3}
 DELTA = 1e-5
@@ -22,6 +24,31 @@ def made(placement="dp_sgd", **overrides):
         "noise_multiplier": None if placement == "none" else 2.0,
     }
     return make_mechanisms({"A": 100, "B": 300}, placement=placement, **settings | overrides)
+
+
+CASES = {
+    "dp_sgd": {"max_units_per_patient": 2},
+    "dp_sgd, patients": {"placement": "dp_sgd", "unit": "patient"},
+    "dp_sgd, add or remove": {
+        "placement": "dp_sgd", "unit": "patient", "relation": "add_or_remove",
+        "expected_batch_size": None, "sampling_prob": 0.1, "nominal_num_units": 150,
+    },
+    "dp_sgd, adaptive": {"placement": "dp_sgd", "is_adaptive": True, "noise_multiplier": 1.0},
+    "update": {"max_units_per_patient": 2, "is_equal_average": True},
+    "distributed": {"unit": "patient", "local_steps": 1, "max_dropouts": 0},
+    "distributed, discrete": {
+        "placement": "distributed", "unit": "patient", "local_steps": 1,
+        "noise": "discrete_gaussian", "dimension": 1000,
+    },
+    "central": {"cohort_prob": 0.5, "weights": {"A": 1.0, "B": 3.0}},
+    "update_unclipped": {},
+    "none": {},
+}  # fmt: skip
+
+
+def case(name):
+    settings = dict(CASES[name])
+    return made(settings.pop("placement", name), **settings)
 
 
 def through_a_file(path, mechanisms, rounds=ROUNDS, **overrides):
@@ -54,17 +81,191 @@ def test_every_row_is_what_the_described_mechanism_promises(tmp_path, placement)
         for stated, row in zip(entry["guarantees"], rebuilt.guarantees(), strict=True):
             assert events.event_from_json(stated["event"]) == row.event
             assert stated["epsilon"] == row.epsilon(ROUNDS[client], DELTA)
-        patient = rebuilt.patient_guarantee.epsilon(ROUNDS[client], DELTA)
-        assert entry["patient_epsilon"] == {"epsilon": patient, "reason": ""}
+        patient = rebuilt.patient_guarantee
+        assert entry["patient_epsilon"] == {
+            "epsilon": patient.epsilon(ROUNDS[client], DELTA), "row": patient.name, "reason": "",
+        }  # fmt: skip
 
 
-def test_a_changed_file_changes_the_recomputed_epsilon(tmp_path):
-    value = through_a_file(tmp_path / "privacy.json", made().mechanisms)
-    before = recompute_epsilon(value)["A"]
-    value["clients"]["A"]["guarantees"][0]["event"]["event"]["noise_multiplier"] /= 2
-    assert recompute_epsilon(value)["A"] > before
-    value["clients"]["B"]["rounds"] += 1
-    assert recompute_epsilon(value)["B"] > float(value["clients"]["B"]["epsilon"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_row_is_recomputed_and_everything_follows(tmp_path, name):
+    value = through_a_file(tmp_path / "privacy.json", case(name).mechanisms)
+    recomputed = recompute(value)
+    for client, entry in value["clients"].items():
+        assert list(recomputed[client]) == [row["name"] for row in entry["guarantees"]]
+        for row in entry["guarantees"]:
+            assert recomputed[client][row["name"]] == pytest.approx(decode(row["epsilon"]))
+    assert recompute_epsilon(value) == {
+        c: next(iter(rows.values())) for c, rows in recomputed.items()
+    }
+    assert disagreements(value) == []
+
+
+def louder(event):
+    """The description of an event with a hundredth less of noise, wherever it stands."""
+    if isinstance(event, list):
+        return [louder(item) for item in event]
+    if not isinstance(event, dict):
+        return event
+    change = {"noise_multiplier": 0.99, "standard_deviation": 0.99, "l2_sensitivity": 1.01}
+    return {
+        name: item * change[name] if name in change else louder(item)
+        for name, item in event.items()
+    }
+
+
+def is_caught(value):
+    """Whether the recomputed epsilons are others than those stated, or cannot be computed."""
+    try:
+        recomputed = recompute(value)
+    except ValueError:
+        return True
+    return any(
+        recomputed[client][row["name"]] != pytest.approx(decode(row["epsilon"]), rel=1e-6)
+        for client, entry in value["clients"].items()
+        for row in entry["guarantees"]
+    )
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"update_unclipped", "none"}))
+def test_an_altered_event_count_or_relation_is_caught(tmp_path, name):
+    value = through_a_file(tmp_path / "privacy.json", case(name).mechanisms)
+    assert not is_caught(value)
+    for index, row in enumerate(value["clients"]["B"]["guarantees"]):
+        if row["event"] is None:
+            continue
+        altered = copy.deepcopy(value)
+        altered["clients"]["B"]["guarantees"][index]["event"] = louder(row["event"])
+        assert is_caught(altered), row["name"]
+        altered = copy.deepcopy(value)
+        relation = "zero_out" if row["accountant_relation"] == "replace_one" else "replace_one"
+        altered["clients"]["B"]["guarantees"][index]["accountant_relation"] = relation
+        assert is_caught(altered), row["name"]
+    altered = copy.deepcopy(value)
+    altered["clients"]["B"]["rounds"] += 1
+    assert is_caught(altered)
+
+
+def test_what_the_sums_and_settings_say_must_follow(tmp_path):
+    value = through_a_file(tmp_path / "privacy.json", case("dp_sgd, patients").mechanisms)
+    changes = {
+        ("epsilon", "max"): 1.0,
+        ("epsilon", "worst_client"): "B",
+        ("clients", "A", "patient_epsilon", "epsilon"): 0.1,
+        ("clients", "A", "guarantees", 0, "relation"): "replacement of anything",
+        ("clients", "A", "guarantees", 0, "adversary"): "everybody",
+        ("clients", "A", "mechanism", "num_units"): 1000,
+        ("clients", "A", "epsilon_curve", 0, "epsilon"): 0.5,
+        ("epsilon_by_adversary",): {},
+        ("relation",): "add_or_remove",
+        ("private",): False,
+        ("randomness",): "a good seed",
+        ("trust",): "Nobody need be trusted.",
+        ("weak_points",): [],
+    }
+    for path, new in changes.items():
+        altered = copy.deepcopy(value)
+        *inside, last = path
+        inner = altered
+        for step in inside:
+            inner = inner[step]
+        assert inner[last] != new, path
+        inner[last] = new
+        assert disagreements(altered), path
+    del value["clients"]["A"]["guarantees"][1]
+    assert any("guarantees" in line for line in disagreements(value))
+    assert disagreements({"clients": 3}) != []
+
+
+def test_patients_and_tiles_take_the_smallest_row_that_covers_them(tmp_path):
+    value = through_a_file(
+        tmp_path / "privacy.json", made("update", is_equal_average=True).mechanisms
+    )
+    for entry in value["clients"].values():
+        rows = {row["name"]: row["epsilon"] for row in entry["guarantees"]}
+        # No cap is known: any change of the client's data is all that covers a patient.
+        assert entry["patient_epsilon"]["epsilon"] == rows["client_replace"]
+        assert entry["tile_epsilon"]["epsilon"] == min(rows["record_tile"], rows["client_replace"])
+        assert entry["tile_epsilon"]["row"] == "record_tile"
+        assert entry["epsilon"] == rows["client"] < rows["client_replace"]
+    average = value["epsilon_by_adversary"][
+        "someone who sees only the average of a fixed public cohort"
+    ]
+    rows = {row["name"]: row for row in value["clients"]["A"]["guarantees"]}
+    assert average["epsilon"] == rows["client_in_average"]["epsilon"] < value["epsilon"]["max"]
+    assert average["patient_epsilon"]["epsilon"] == rows["client_replace_in_average"]["epsilon"]
+
+
+def test_the_hierarchy_is_stated(tmp_path):
+    value = through_a_file(tmp_path / "privacy.json", case("dp_sgd, patients").mechanisms)
+    for entry in value["clients"].values():
+        assert entry["patient_epsilon"]["epsilon"] == entry["epsilon"]
+        assert entry["tile_epsilon"]["row"] == "tile_of_patient"
+        assert entry["tile_epsilon"]["epsilon"] > entry["epsilon"]
+
+
+def test_each_adversary_has_its_worst_client(tmp_path):
+    value = through_a_file(tmp_path / "privacy.json", case("distributed").mechanisms)
+    opened, shares = value["epsilon_by_adversary"].values()
+    assert opened["epsilon"] == value["epsilon"]["max"] < shares["epsilon"]
+    assert next(iter(value["epsilon_by_adversary"])) == value["adversary"]
+    for client, entry in value["clients"].items():
+        assert entry["epsilon_by_adversary"].keys() == value["epsilon_by_adversary"].keys()
+        if client == shares["worst_client"]:
+            alone = [r for r in entry["guarantees"] if r["name"] == "patient_against_shares"]
+            assert alone[0]["epsilon"] == shares["epsilon"]
+
+
+def test_a_client_that_is_a_patient_is_protected_as_one(tmp_path):
+    mechanisms = made("central", unit="patient", cohort_prob=0.5).mechanisms
+    value = through_a_file(tmp_path / "privacy.json", mechanisms, client_is="patient")
+    entry = value["clients"]["A"]
+    assert entry["patient_epsilon"] == {"epsilon": entry["epsilon"], "row": "client", "reason": ""}
+    as_site = through_a_file(tmp_path / "privacy.json", mechanisms)["clients"]["A"]
+    assert as_site["patient_epsilon"]["epsilon"] > entry["epsilon"]
+    assert disagreements(value) == []
+    with pytest.raises(ValueError, match="client_is"):
+        through_a_file(tmp_path / "privacy.json", mechanisms, client_is="ward")
+
+
+WORDS = {
+    "dp_sgd": ["truncated draw", "its own noise alone", "128 bits", "hardened, not proven"],
+    "dp_sgd, add or remove": ["never cut", "nominal number", "are private"],
+    "dp_sgd, adaptive": ["part of every event", "share one budget"],
+    "update": ["rows named record", "clips its model update"],
+    "distributed": ["SHAKE-256", "outside of the proof", "simulated", "share of the noise"],
+    "distributed, discrete": ["Integer noise is exact", "upper bound", "amplified by Renyi"],
+    "central": ["p = 0.5", "stays secret", "trust the server", "without noise"],
+    "update_unclipped": ["nothing bounds", "no guarantee"],
+    "none": ["no noise is added", "no guarantee"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_words_follow_placement_and_settings(tmp_path, name):
+    value = through_a_file(tmp_path / "privacy.json", case(name).mechanisms)
+    texts = [value["sampler"], value["trust"], value["noise"], *value["weak_points"]]
+    for words in WORDS[name]:
+        assert words in " ".join(texts), words
+
+
+def test_no_placement_claims_what_is_another_one_s(tmp_path):
+    def texts(name):
+        value = through_a_file(tmp_path / "privacy.json", case(name).mechanisms)
+        return " ".join([value["sampler"], value["trust"], *value["weak_points"]])
+
+    assert "depends on its own noise alone" not in texts("central") + texts("distributed")
+    assert "amplifies nothing" not in texts("central")
+    assert "hardened" not in texts("distributed, discrete")
+    assert "Numbers of units" not in texts("dp_sgd, add or remove")
+
+
+def test_the_noise_of_central_is_the_server_s(tmp_path):
+    made_ = case("central").mechanisms
+    for client, entry in through_a_file(tmp_path / "p.json", made_)["clients"].items():
+        assert entry["noise_added_by"] == "server"
+        assert entry["noise_stddev"] == made_[client].server_noise_stddev > 0
+        assert entry["hides_among"] == {"number": 2, "of": "client"}
 
 
 def test_it_says_what_a_reader_must_know(tmp_path):

@@ -262,7 +262,7 @@ def site_sources(federation: Federation) -> dict[str, SiteSource]:
     share all the same. Keep a site's training images as they are, or count such runs by hand.
 
     Args:
-        federation: before `pool_sites`, which forgets whose tiles are whose.
+        federation: with sites as they are, before other clients take their place.
 
     Returns:
         Training site -> its source.
@@ -276,8 +276,8 @@ def site_sources(federation: Federation) -> dict[str, SiteSource]:
     if missing:
         raise ValueError(
             f"Expected the sources of all training sites, got none of {', '.join(missing)} in "
-            f"{federation.name}. Ask before sites are pooled; a federation with other tiles than "
-            "its own has sources=()."
+            f"{federation.name}. Ask before other clients take the place of sites; a federation "
+            "with other tiles than its own has sources=()."
         )
     return {site: found[site] for site in federation.train.sites}
 

@@ -55,6 +55,34 @@ def read_image(path: str | pathlib.Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def image_size(path: str | pathlib.Path) -> tuple[int, int]:
+    """Height and width that the header of a file states; its pixels are not decoded.
+
+    Args:
+        path: as of `read_image`.
+
+    Raises:
+        ImageError: missing, not an image, or more than `MAX_PIXELS` pixels.
+    """
+    path = pathlib.Path(path)
+    kind = _kind(path)
+    if kind != "TIFF":
+        with _open(path, kind) as image:
+            return image.height, image.width
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            shape = dict(zip(page.axes, page.shape, strict=True))
+            height, width = int(shape["Y"]), int(shape["X"])
+    except Exception as error:  # tifffile raises many types
+        raise ImageError(
+            f"Cannot read {path} (TIFF): {error}. The file is damaged or of a kind that is not "
+            "supported; export it again."
+        ) from error
+    _check_size(height, width, path)
+    return height, width
+
+
 def read_mask(path: str | pathlib.Path) -> np.ndarray:
     """Reads a mask of labels or of instance numbers; the numbers in the file are returned as is.
 

@@ -5,8 +5,10 @@ these and no others were used, so it stays with who holds the data and enters no
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable
 
@@ -24,6 +26,55 @@ class SiteSource(NamedTuple):
     site: str
     fingerprint: str
     patients: str
+
+
+class Holding(NamedTuple):
+    """The data of one client, where clients are not the sites.
+
+    Attributes:
+        sources: the sites whose images it holds, or some of their images.
+        is_whole: whether it holds all training images of these sites.
+        is_patient: whether it holds the images of one known patient, all of them and no others.
+    """
+
+    sources: tuple[SiteSource, ...]
+    is_whole: bool
+    is_patient: bool
+
+
+def holdings(
+    by_site: TileTable, by_client: TileTable, sources: Mapping[str, SiteSource]
+) -> dict[str, Holding]:
+    """What each client holds.
+
+    Args:
+        by_site: the training tiles, each with its site.
+        by_client: the same in the same order, with clients in the place of sites.
+        sources: site -> its source.
+
+    Returns:
+        Client -> its holding.
+
+    Raises:
+        ValueError: the tables are not of the same tiles.
+    """
+    if not np.array_equal(by_site.slide, by_client.slide):
+        raise ValueError(
+            f"Expected the same tiles by site and by client, got {len(by_site)} and "
+            f"{len(by_client)} tiles of unlike slides."
+        )
+    found = {}
+    for client in by_client.sites:
+        tiles = by_client.of_site(client)
+        numbers, owners = np.unique(by_site.site[tiles]), np.unique(by_client.patient[tiles])
+        found[client] = Holding(
+            sources=tuple(sources[by_site.sites[number]] for number in numbers),
+            is_whole=len(tiles) == int(np.isin(by_site.site, numbers).sum()),
+            is_patient=len(owners) == 1
+            and bool(owners[0] != UNKNOWN_PATIENT)
+            and len(tiles) == int((by_client.patient == owners[0]).sum()),
+        )
+    return found
 
 
 def from_images(images: Iterable[tuple[str, str, bytes]]) -> tuple[SiteSource, ...]:
@@ -68,13 +119,13 @@ def from_generator(sites: Sequence[str], *arguments: object) -> tuple[SiteSource
 
 
 def _patients(members: Sequence[tuple[str, bytes]]) -> str:
-    """Digest of which images are one patient's; an image of an unknown patient stands alone."""
+    """Digest of which images are one patient's; all others are of unknown patients."""
     groups: dict[str, list[bytes]] = {}
     for patient, digest in members:
-        groups.setdefault(patient, []).append(digest)
-    unknown = sorted(groups.pop("", []))
+        if patient:
+            groups.setdefault(patient, []).append(digest)
     known = sorted(bytes.fromhex(_digest("patient", sorted(group))) for group in groups.values())
-    return _digest("patients", [*known, b"unknown", *unknown])
+    return _digest("patients", known)
 
 
 def _digest(kind: str, parts: Sequence[bytes]) -> str:

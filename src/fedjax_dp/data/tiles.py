@@ -194,6 +194,11 @@ def tissue_fraction(image: np.ndarray) -> float:
     return float(np.mean((largest - smallest) * 255 >= MIN_SATURATION * np.maximum(largest, 1)))
 
 
+def blank_tiles(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [count, 0, 0, 3] and labels uint8 [count, 0, 0], where tiles only count."""
+    return np.empty((count, 0, 0, 3), np.uint8), np.empty((count, 0, 0), np.uint8)
+
+
 def concatenate(
     parts: Sequence[tuple[np.ndarray, np.ndarray]],
     owners: Sequence[tuple[str, str, str]],

@@ -130,7 +130,7 @@ class RoundMaker:
         names = [site.name for site in members]
         left = self.charges.would_exceed(index, names, self.environment, self.limits)
         active = [site for site in members if site.name not in left]
-        if not active and self._all_spent():
+        if not active and (placement == "central" or self._all_spent()):
             return None
         if placement == "distributed" and len(active) < members[0].mechanism.min_sharing:
             return None  # too few are left to share the noise

@@ -20,7 +20,6 @@ ASSUMPTIONS = (
 )
 
 _ZEROED = ("zero_out", "add_or_remove")
-_REPLACED = "replacement of any of the client's data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +65,10 @@ def epsilon_if_all_released(
 
     Which rows count. One that holds when the unit is zeroed; one for any change of the client's
     data covers every unit in it, and a whole site in a pool of sites. The zeroing of a pool does
-    not cover that of one of its sites, whose absence moves the update twice as far. Of several rows
-    against one adversary the smallest counts, for all of them hold.
+    not cover that of one of its sites, whose absence moves the update twice as far. Where a client
+    is a patient, its zeroing is that of the patient. Where many are, a unit lies in one of them,
+    and the strongest counts; but for all of a site at once, in one sum, nothing is proven. Of
+    several rows against one adversary the smallest counts, for all of them hold.
 
     Which units are the same in all runs. Images are, by the fingerprint. Tiles only where all runs
     cut the same, and patients only where all know the same images to be one patient's: else only
@@ -86,7 +87,7 @@ def epsilon_if_all_released(
     """
     if not 0 < delta < 1:
         raise ValueError(f"Expected 0 < delta < 1, got {delta=}.")
-    parts = [part for run in runs for part in _parts(run, fingerprint)]
+    parts = _parts(runs, fingerprint)
     return {unit: _total(unit, parts, delta) for unit in UNITS}
 
 
@@ -105,7 +106,7 @@ def to_json(runs: Sequence[Run], sources: Iterable[SiteSource], delta: float) ->
     """
     sites = {}
     for source in sources:
-        parts = [part for run in runs for part in _parts(run, source.fingerprint)]
+        parts = _parts(runs, source.fingerprint)
         sites[source.site] = {
             "runs": [
                 {
@@ -113,8 +114,9 @@ def to_json(runs: Sequence[Run], sources: Iterable[SiteSource], delta: float) ->
                     "run_id": part.run.run_id,
                     "experiment": part.run.experiment,
                     "seed": part.run.seed,
-                    "placement": part.plan.mechanism["placement"],
-                    "rounds": part.plan.rounds,
+                    "placement": part.plans[0].mechanism["placement"],
+                    "clients": len(part.plans),
+                    "rounds": max(plan.rounds for plan in part.plans),
                     "rounds_are": "charged" if part.run.has_ended else "planned",
                 }
                 for part in parts
@@ -132,36 +134,42 @@ def other_data(runs: Iterable[Run], source: SiteSource) -> tuple[str, ...]:
             run.name
             for run in runs
             for plan in run.plans.values()
-            for other in plan.sources
+            for other in plan.holding.sources
             if other.site == source.site and other.fingerprint != source.fingerprint
         )
     )
 
 
 class _Part(NamedTuple):
-    """One client of a run that trains on the data."""
+    """What one run has on the data.
+
+    Attributes:
+        run: the run.
+        plans: of its clients that hold the data, or some of them, and are charged for it.
+        patients: which of the images are known to be one patient's.
+    """
 
     run: Run
-    plan: Plan
+    plans: tuple[Plan, ...]
     patients: str
-    rows: tuple[Guarantee, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why nothing is proven for the data in this run, whatever its mechanisms; else ""."""
+        if len(self.plans) > 1 and not all(plan.holding.is_patient for plan in self.plans):
+            return "several clients hold the data, and not each of them one patient's"
+        return ""
 
 
-def _parts(run: Run, fingerprint: str) -> list[_Part]:
-    """The clients of `run` that train on the data and are, or were, charged for it."""
+def _parts(runs: Iterable[Run], fingerprint: str) -> list[_Part]:
+    """The runs that train on the data and are, or were, charged for it."""
     parts = []
-    for client, plan in run.plans.items():
-        patients = sorted(s.patients for s in plan.sources if s.fingerprint == fingerprint)
-        if not patients or not plan.rounds:
-            continue
-        try:
-            rows = mechanism_from_descriptor(plan.mechanism).guarantees()
-        except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"The mechanism of {client=} of run {run.name!r} cannot be rebuilt ({error}). Use "
-                "the version of this program that the run was made with."
-            ) from error
-        parts.append(_Part(run, plan, ",".join(patients), rows))
+    for run in runs:
+        plans = [p for p in run.plans.values() if p.rounds and fingerprint in p.fingerprints]
+        if plans:
+            sources = {s for p in plans for s in p.holding.sources if s.fingerprint == fingerprint}
+            patients = ",".join(sorted({source.patients for source in sources}))
+            parts.append(_Part(run, tuple(plans), patients))
     return parts
 
 
@@ -169,31 +177,31 @@ def _total(unit: str, parts: Sequence[_Part], delta: float) -> Total:
     """What `unit` loses by all of `parts`."""
     unlike = _unlike(unit, parts)
     charges: list[Charge] = []
-    headline: list[Charge | None] = []
+    headline: list[Charge] = []
+    has_headline = True
     adversaries: list[str] = []
     first_adversaries: list[str] = []
     unprotected: dict[str, list[str]] = {}  # reason -> runs
     for part in parts:
-        best = _by_adversary(unit, part, unlike, delta)
-        adversaries += best
-        first_adversaries += list(best)[:1]
-        headline.append(next((c for c, _ in best.values()), None))
-        reason = next((why for charge, why in best.values() if charge is None), "")
-        if not best:
-            reason = f"placement {part.plan.mechanism['placement']} protects no {unit}"
+        found = _by_adversary(unit, part, unlike, delta)
+        adversaries += found
+        first_adversaries += list(found)[:1]
+        first = next(iter(found.values()), _Found([], "no row"))
+        has_headline &= not first.reason
+        headline += strongest(first.charges)
+        reason = next((one.reason for one in found.values() if one.reason), "")
+        if not found:
+            reason = f"placement {part.plans[0].mechanism['placement']} protects no {unit}"
         if reason:
             unprotected.setdefault(reason, []).append(part.run.name)
         else:
-            charges += strongest([c for c, _ in best.values() if c is not None])
+            charges += strongest([c for one in found.values() for c in one.charges])
     of_others = composed_epsilon(charges, delta)
-    known = [charge for charge in headline if charge is not None]
     return Total(
         unit=unit,
         epsilon=math.inf if unprotected else of_others,
         adversaries=_unique(adversaries),
-        headline_epsilon=(
-            composed_epsilon(known, delta) if len(known) == len(headline) else math.inf
-        ),
+        headline_epsilon=composed_epsilon(headline, delta) if has_headline else math.inf,
         headline_adversaries=_unique(first_adversaries),
         runs=tuple(part.run.name for part in parts),
         unprotected=_unique(name for names in unprotected.values() for name in names),
@@ -203,43 +211,85 @@ def _total(unit: str, parts: Sequence[_Part], delta: float) -> Total:
     )
 
 
-def _by_adversary(
-    unit: str, part: _Part, unlike: str, delta: float
-) -> dict[str, tuple[Charge | None, str]]:
-    """Adversary -> the best row for `unit` against them, or None and why; the headline's first."""
-    rows = sorted(
-        part.rows, key=lambda row: row.unit != unit
-    )  # stable: rows of the unit come first
-    found: dict[str, tuple[Charge | None, str]] = {}
-    for adversary in _unique(row.adversary for row in rows):
-        mine = [row for row in rows if row.adversary == adversary]
-        valid = [row for row in mine if row.is_valid and _covers(row, unit, part, unlike)]
-        if valid:
-            rounds = part.plan.rounds
-            best = valid[0]
-            if len(valid) > 1:
-                best = min(valid, key=lambda row: row.epsilon(rounds, delta))
-            assert best.event is not None  # it is valid
-            found[adversary] = Charge(best.event, rounds, best.accountant_relation), ""
-        elif named := [row for row in mine if row.unit == unit]:
-            found[adversary] = None, named[0].reason or unlike or _other_change(named[0])
+class _Found(NamedTuple):
+    """The best rows against one adversary, of each client of a run; or why one has none."""
+
+    charges: list[Charge]
+    reason: str
+
+
+def _by_adversary(unit: str, part: _Part, unlike: str, delta: float) -> dict[str, _Found]:
+    """Adversary -> what holds for `unit` against them in one run; the headline's comes first.
+
+    Where each client is a patient, a unit lies in one of them: the strongest charge covers it.
+    """
+    found: dict[str, _Found] = {}
+    for plan in _distinct(part.plans):
+        # Stable: the rows of the unit come first, and are else in their own order.
+        rows = sorted(_guarantees(part.run, plan), key=lambda row: row.unit != unit)
+        for adversary in _unique(row.adversary for row in rows):
+            mine = [row for row in rows if row.adversary == adversary]
+            valid = [row for row in mine if row.is_valid and _covers(row, unit, plan, unlike)]
+            named = [row for row in mine if row.unit == unit]
+            before = found.get(adversary, _Found([], part.reason))
+            charges, reason = before.charges, before.reason
+            if valid:
+                charges = [*charges, _best(valid, plan.rounds, delta)]
+            elif named:
+                reason = reason or named[0].reason or unlike or _other_change(named[0], plan)
+            else:
+                continue
+            found[adversary] = _Found(charges, reason)
     return found
 
 
-def _other_change(row: Guarantee) -> str:
+def _distinct(plans: Iterable[Plan]) -> Iterable[Plan]:
+    """The plans without repetition: a thousand patients have few mechanisms."""
+    return {
+        (repr(p.mechanism), p.rounds, p.holding.is_whole, p.holding.is_patient): p for p in plans
+    }.values()
+
+
+def _guarantees(run: Run, plan: Plan) -> tuple[Guarantee, ...]:
+    try:
+        return mechanism_from_descriptor(plan.mechanism).guarantees()
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"A mechanism of run {run.name!r} cannot be rebuilt ({error}). Use the version of this "
+            "program that the run was made with."
+        ) from error
+
+
+def _best(valid: Sequence[Guarantee], rounds: int, delta: float) -> Charge:
+    """The row that costs least; all of them hold."""
+    best = valid[0]
+    if len(valid) > 1:
+        best = min(valid, key=lambda row: row.epsilon(rounds, delta))
+    assert best.event is not None  # it is valid
+    return Charge(best.event, rounds, best.accountant_relation)
+
+
+def _other_change(row: Guarantee, plan: Plan) -> str:
     """Why a valid row of the unit does not cover its zeroing."""
-    if row.relation.startswith(_ZEROED):
+    if not row.relation.startswith(_ZEROED):
+        return f"its guarantee is for {row.relation or 'no change of data'}, not for zeroing"
+    if plan.holding.is_whole:
         return "zeroing a pool of sites is not zeroing one of them"
-    return f"its guarantee is for {row.relation or 'no change of data'}, not for zeroing"
+    return "its clients hold less than a site, and nothing is proven for all of them at once"
 
 
-def _covers(row: Guarantee, unit: str, part: _Part, unlike: str) -> bool:
+def _covers(row: Guarantee, unit: str, plan: Plan, unlike: str) -> bool:
     """Whether `row` bounds what zeroing the unit changes; see `epsilon_if_all_released`."""
-    if row.unit == "client" and row.relation.startswith(_REPLACED):
+    holding = plan.holding
+    if not holding.is_whole and (unit == "client" or (unit == "patient" and unlike)):
+        return False  # the unit may lie in several clients
+    if row.is_any_replacement:
         return True
-    if unlike or row.unit != unit or not row.relation.startswith(_ZEROED):
+    if unlike or not row.relation.startswith(_ZEROED):
         return False
-    return unit != "client" or len(part.plan.sources) == 1
+    if row.unit == unit:
+        return unit != "client" or len(holding.sources) == 1
+    return row.unit == "client" and unit == "patient" and holding.is_patient
 
 
 def _unlike(unit: str, parts: Sequence[_Part]) -> str:

@@ -164,6 +164,8 @@ def make_mechanisms(
             f"Expected noise_multiplier > 0, got {noise_multiplier=}. Give target_epsilon to have "
             "it calibrated."
         )
+    if relation == "add_or_remove":  # nothing below sees the private numbers
+        num_units = dict.fromkeys(num_units, int(nominal_num_units or 0))
     levels = MAX_LEVELS if noise == "gaussian" else _levels(num_units, dimension or 0)
     heaviest = max(weights.values()) if weights else 1.0
     mechanisms: dict[str, Mechanism] = {}
@@ -173,8 +175,14 @@ def make_mechanisms(
         if n < 1:
             raise ValueError(f"Expected units at {client=}, got {n}. Leave it out of training.")
         own = budgets.get(client, SiteBudget())
-        if relation == "add_or_remove":
-            n = int(nominal_num_units or 0)
+        if own.target_epsilon is not None and own.noise_multiplier is not None:
+            raise ValueError(
+                f"Expected target_epsilon or noise_multiplier of {client=}, got both: "
+                f"{own.target_epsilon}, {own.noise_multiplier}."
+            )
+        z = own.noise_multiplier
+        if z is None and own.target_epsilon is None:
+            z = noise_multiplier
         q = own.sampling_prob if own.sampling_prob is not None else sampling_prob
         if q is None:
             q = min(1.0, (expected_batch_size or 0.0) / n)
@@ -187,9 +195,7 @@ def make_mechanisms(
             local_steps=local_steps,
             tiles_per_unit=tiles_per_unit,
             l2_clip_norm=l2_clip_norm if is_private else math.inf,
-            noise_multiplier=(own.noise_multiplier or noise_multiplier or 1.0)
-            if is_private
-            else 0.0,
+            noise_multiplier=(1.0 if z is None else z) if is_private else 0.0,
             max_units_per_patient=max_units_per_patient,
             is_stateless=is_stateless,
             relation=relation,
@@ -205,8 +211,7 @@ def make_mechanisms(
             else 1.0,
         )
         target = own.target_epsilon if own.target_epsilon is not None else target_epsilon
-        is_calibrated = own.noise_multiplier is None and noise_multiplier is None
-        if is_private and placement != "update_unclipped" and target is not None and is_calibrated:
+        if is_private and z is None and target is not None:
             mechanism = mechanism.calibrated(rounds, target, target_delta, cache_dir)
         mechanisms[client] = mechanism
         warnings += _warnings(client, mechanism, target_delta, len(num_units))
@@ -250,8 +255,8 @@ def _levels(num_units: Mapping[str, int], dimension: int) -> int:
 
 
 def _averaged(mechanisms: Mapping[str, Mechanism]) -> dict[str, Mechanism]:
-    """All averaged over all, where their noise is the same."""
-    alike = {(m.noise_multiplier, m.l2_clip_norm) for m in mechanisms.values()}
+    """All averaged over all, where their noise is the same, and where all leave together."""
+    alike = {(m.noise_multiplier, m.l2_clip_norm, m.headline.event) for m in mechanisms.values()}
     over = len(mechanisms) if len(alike) == 1 else 1
     return {c: dataclasses.replace(m, averaged_over=over) for c, m in mechanisms.items()}
 

@@ -23,6 +23,7 @@ def max_rounds(
     relation: Relation = "zero_out",
     *,
     limit: int = 1_000_000,
+    start: int = 1,
     grid: float = DEFAULT_GRID,
 ) -> int:
     """The most repetitions of `event` within the budget: this many stay, one more exceeds.
@@ -33,6 +34,7 @@ def max_rounds(
         delta: in (0, 1).
         relation: which datasets are neighbours.
         limit: the answer is at most this.
+        start: where the answer is looked for first; a good guess saves compositions.
         grid: cell of the privacy loss.
 
     Returns:
@@ -44,10 +46,11 @@ def max_rounds(
     def fits(rounds: int) -> bool:
         return accounting.epsilon(event, rounds, delta, relation, grid=grid) <= target_epsilon
 
-    low, high = 0, 1
+    low, high, step = 0, max(1, min(start, limit)), 1
     while high < limit and fits(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
+        low, high, step = high, high + step, 2 * step
+    if high >= limit:
+        high = limit + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -7,7 +7,7 @@ import attr
 from dp_accounting import dp_event
 
 from fedjax_dp.privacy import accounting
-from fedjax_dp.privacy.events import Relation
+from fedjax_dp.privacy.events import Relation, elementary
 
 _MORE_IS_NOISIER = ("noise_multiplier", "standard_deviation", "num_shares")
 
@@ -100,9 +100,11 @@ def _bounds(
 def strongest(charges: Sequence[Charge]) -> list[Charge]:
     """Those of `charges` that together lose no less than each; only one where that is evident.
 
-    Evident is: the same event with less noise. Adding the missing noise is post-processing, so it
-    loses no less, in any composition. Where it is not evident, all that are in question are
-    returned: an adversary who sees all of their outputs loses nothing against one who sees one.
+    Evident is: the same event with less noise, for adding what is missing is post-processing; and
+    with a larger probability of Poisson sampling, for the pair of a smaller one is a mixture of
+    the pair of the larger and of two equal worlds (joint convexity). Both loses no less in any
+    composition. Where it is not evident, all that are in question are returned: an adversary who
+    sees all of their outputs loses nothing against one who sees one.
     """
     kept: list[Charge] = []
     for charge in charges:
@@ -113,15 +115,25 @@ def strongest(charges: Sequence[Charge]) -> list[Charge]:
 
 
 def _loses_no_less(one: Charge, other: Charge) -> bool:
-    return (
-        one.relation == other.relation
-        and one.rounds >= other.rounds
-        and _is_less_noisy(one.event, other.event)
+    if one.relation != other.relation:
+        return False
+    mine, theirs = (elementary(charge.event, charge.rounds) for charge in (one, other))
+    if mine is None or theirs is None:
+        return mine is None  # not private at all
+    return len(mine) == len(theirs) and all(
+        count >= their_count and _is_less_noisy(event, their_event)
+        for (event, count), (their_event, their_count) in zip(mine, theirs, strict=True)
     )
 
 
 def _is_less_noisy(one: object, other: object) -> bool:
     """Whether two events, or parts of events, are the same but for no more noise in `one`."""
+    if isinstance(one, dp_event.PoissonSampledDpEvent):
+        return (
+            isinstance(other, dp_event.PoissonSampledDpEvent)
+            and one.sampling_probability >= other.sampling_probability
+            and _is_less_noisy(one.event, other.event)
+        )
     if isinstance(one, dp_event.DpEvent):
         return type(one) is type(other) and all(
             getattr(one, field.name) <= getattr(other, field.name)

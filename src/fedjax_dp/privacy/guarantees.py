@@ -1,12 +1,23 @@
 """What each placement guarantees: for every adversary and unit one row, with its proof.
 
 A row states the DP event that one round costs. Where no event is proven the row says why instead.
+
+Why one dimension stands for all. Given all coins but those of the protected unit (neighbours share
+them, and joint convexity averages them away), a release is a mixture of N(v, 1), v in units of the
+noise. Let P - a Q have one positive component N(u) only. By Neyman and Pearson a set of mass Phi(t)
+under N(u) has mass Phi(t - |u - v|) at least under every other N(v), so the divergence of order a
+is largest where all |u - v| are as large as they may be and point one way; there half-lines attain
+it. Such pairs are N(0) against any mixture, for every a, which are the zero-out pairs and the
+mixture of Gaussians, and (1-q) N(0) + q N(u) against (1-q) N(0) + q N(v), for a >= 1, which is the
+replace-one pair. The other orders are those of the exchanged pair. A pair that dominates at every
+order, the same way round in every step, composes (Zhu, Dong and Wang 2022), adaptively too.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 from dp_accounting import dp_event
@@ -24,6 +35,9 @@ SUM = "whoever sees only the opened sum: the server under secure aggregation, an
 SHARES = "a server that sees the single shares, or all other sites together with the server"
 MODEL = "whoever sees the model; the server, which adds the noise, is trusted"
 COHORT_AVERAGE = "someone who sees only the average of a fixed public cohort"
+
+ANY_REPLACEMENT = "replacement of any of the client's data"
+"""How the relation of a row begins that allows for any change of the client's data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,26 @@ class Guarantee:
     def is_valid(self) -> bool:
         """Whether the row states a finite guarantee."""
         return self.event is not None
+
+    @property
+    def is_any_replacement(self) -> bool:
+        """Whether the row allows for any change of the client's data."""
+        return self.unit == "client" and self.relation.startswith(ANY_REPLACEMENT)
+
+    def covers(self, unit: str, *, client_is: str = "site") -> bool:
+        """Whether the row, where it is valid, bounds what the zeroing of one `unit` changes.
+
+        A row of that unit does, and so does one for any replacement of the client's data, in which
+        the unit lies. The zeroing of the whole client does not: one of its units zeroed leaves
+        another update, and the two may be twice as far apart. Where the client is a patient, its
+        zeroing is that of the patient.
+
+        Args:
+            unit: "tile", "slide", "patient" or "client".
+            client_is: what holds the client's data: "site", "patient" or "pool".
+        """
+        is_client = self.unit == "client" and unit == client_is
+        return self.unit == unit or is_client or self.is_any_replacement
 
     def epsilon(self, rounds: int, delta: float) -> float:
         """Epsilon of `rounds` rounds at `delta`; infinite where the row is not valid."""
@@ -110,17 +144,20 @@ def _unitwise(
     """Rows of a placement that clips units, whose sum the adversary sees with noise z C.
 
     Unit, zero-out: each step releases a clipped Poisson sum, cut at the capacity, plus N(0, z C):
-    the truncated event, L times. Under zero-out a unit may displace another from a full batch; the
-    event's overflow branch (a replacement, 2C) covers that. Under add-or-remove no draw is cut, and
-    the event is the plain Poisson one.
+    the truncated event, L times (arXiv 2508.15089; it needs a uniform cut, which makes who fills
+    the batch independent of how many were drawn). Under zero-out a unit may displace another from a
+    full batch; the event's overflow branch (a replacement, 2C) covers that, and under replace-one
+    too. Under add-or-remove no draw is cut, and the event is the plain Poisson one.
 
     Patient from smaller units: with all k units of a patient zeroed, the sum moves by at most
     (drawn number) x C and the number is Binomial(k, q), which is the mixture of Gaussians. Given
     the others' coins that holds exactly unless a batch overflows, so the overflow probability must
-    be nothing: P(Binomial(n-k, q) > capacity - k) <= 1e-30 a step.
+    be nothing: b = P(Binomial(n-k, q) > capacity - k) <= 1e-30 a step. Neighbours share the coins
+    it depends on, so it adds b, and not (1 + e^epsilon) b, to delta.
 
-    Tile of a larger unit: zeroing one tile replaces the clipped gradient of its unit by another, so
-    the unit's event under replace-one covers it. Drawing T of the unit's tiles is not claimed to
+    Tile of a larger unit: any change of one tile, and of which tiles are drawn with it, replaces
+    the clipped gradient of its unit by another under the same coin, so the unit's event under
+    replace-one covers it. Drawing T of the unit's tiles is not claimed to
     amplify: the pair is a substitution, and its divergence under composition is not that of the
     zero-out pair at probability q T / n_j.
     """
@@ -128,7 +165,7 @@ def _unitwise(
     sampled = "units are drawn by Poisson sampling with secret coins, afresh in each step"
     trust = () if adversary != SUM else (
         f"at most {m.max_dropouts} of {m.num_shares} sites drop out of a round; more abort it",
-        "every other site adds its share of the noise",
+        "every other site adds its share of the noise and keeps it to itself",
     )  # fmt: skip
     rows = [
         Guarantee(
@@ -148,7 +185,9 @@ def _unitwise(
     if m.unit == "patient":
         return tuple(rows)
     event, reason = None, _no_conversion(m)
-    k = min(m.max_units_per_patient or 0, m.num_units)
+    k = m.max_units_per_patient or 0
+    if m.relation == "zero_out":  # the number of units of add_or_remove is nominal, no bound on k
+        k = min(k, m.num_units)
     if not reason and m.noise == "discrete_gaussian":
         reason = "no conversion from tiles to patients is proven for the discrete Gaussian"
     if not reason and _overflow(m, k) > CONVERSION_TAIL:
@@ -191,11 +230,15 @@ def _step_event(m: MechanismSettings, z: float, shares: int) -> dp_event.DpEvent
 
 
 def _discrete_event(m: MechanismSettings, shares: int) -> dp_event.DpEvent:
-    """One step of the discrete path: `shares` exact discrete Gaussians on an integer sum."""
+    """One step of the discrete path: `shares` exact discrete Gaussians on an integer sum.
+
+    Shares are charged before their variance is rounded up, and as many as at the start: later
+    rounds of fewer, larger shares, whose sum is no smaller, cost no more.
+    """
     dimension = m.dimension or 0
     return events.DistributedDiscreteGaussianDpEvent(
         sampling_probability=m.sampling_prob,
-        noise_stddev_squared=share_variance(m, m.num_shares),
+        noise_stddev_squared=_sum_variance(m) / (m.num_shares - m.max_dropouts),
         num_shares=shares,
         l2_sensitivity=discrete_gaussian.integer_l2_sensitivity(m.levels, dimension),
         dimension=dimension,
@@ -204,7 +247,11 @@ def _discrete_event(m: MechanismSettings, shares: int) -> dp_event.DpEvent:
 
 def share_variance(m: MechanismSettings, num_sharing: int) -> int:
     """sigma^2 of one of `num_sharing` discrete shares, in squared integer steps, rounded up."""
-    return math.ceil((m.noise_multiplier * m.levels) ** 2 / (num_sharing - m.max_dropouts))
+    return math.ceil(_sum_variance(m) / (num_sharing - m.max_dropouts))
+
+
+def _sum_variance(m: MechanismSettings) -> Fraction:
+    return Fraction(m.noise_multiplier * m.levels) ** 2
 
 
 def _tile_of_unit(
@@ -213,14 +260,7 @@ def _tile_of_unit(
     adversary: str,
     assumptions: tuple[str, ...],
 ) -> Guarantee:
-    is_proven = step is not None and m.noise == "gaussian"
-    event = None
-    if is_proven and m.relation == "add_or_remove":
-        # A fixed number of units with one replaced: the truncated event at full capacity.
-        gaussian = step.event.noise_multiplier  # type: ignore[union-attr]
-        event = dp_event.PoissonSampledDpEvent(m.sampling_prob, dp_event.GaussianDpEvent(gaussian))
-    elif is_proven:
-        event = step
+    event = step if m.noise == "gaussian" else None
     return Guarantee(
         name=f"tile_of_{m.unit}",
         adversary=adversary,
@@ -342,9 +382,7 @@ def _client_rows(
     return client, dataclasses.replace(
         client,
         name="client_replace",
-        relation="replacement of any of the client's data (local DP)"
-        if adversary == SERVER
-        else "replacement of any of the client's data",
+        relation=f"{ANY_REPLACEMENT} (local DP)" if adversary == SERVER else ANY_REPLACEMENT,
         sensitivity=2 * sensitivity,
         event=replaced,
         accountant_relation="replace_one" if replace_by_relation else "zero_out",

@@ -142,10 +142,16 @@ class Mechanism(MechanismSettings):
         """The headline's epsilon after `rounds` rounds."""
         return self.headline.epsilon(rounds, delta)
 
-    def max_rounds(self, target_epsilon: float, delta: float) -> int:
-        """Rounds within the headline's budget; the next one would exceed it."""
+    def max_rounds(self, target_epsilon: float, delta: float, *, start: int = 1) -> int:
+        """Rounds within the headline's budget; the next one would exceed it.
+
+        Args:
+            target_epsilon: the budget.
+            delta: at which it holds.
+            start: where to look first: the rounds it was calibrated for save most of the work.
+        """
         headline = self.headline
-        return 0 if headline.event is None else _max_rounds(headline, target_epsilon, delta)
+        return 0 if headline.event is None else _max_rounds(headline, target_epsilon, delta, start)
 
     def calibrated(
         self, rounds: int, target_epsilon: float, target_delta: float, cache_dir: Any = None
@@ -191,9 +197,9 @@ def _calibrate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _max_rounds(headline: Guarantee, target_epsilon: float, delta: float) -> int:
+def _max_rounds(headline: Guarantee, target_epsilon: float, delta: float, start: int) -> int:
     return calibration.max_rounds(
-        headline.event, target_epsilon, delta, headline.accountant_relation
+        headline.event, target_epsilon, delta, headline.accountant_relation, start=start
     )
 
 

@@ -32,7 +32,7 @@ class Register:
     Example:
         >>> register = Register("runs/privacy_register.jsonl")
         >>> register.open_run(Run(run_id=run_id, name="a", seed=-1, experiment="feddp",
-        ...     tile="128 px", plans={"uhcw": Plan((source,), mechanism.descriptor(), 200)}))
+        ...     tile="128 px", plans={"uhcw": Plan(holding, mechanism.descriptor(), 200)}))
         >>> ...  # charge and run rounds
         >>> register.close_run(run_id, charges.counts())
     """
@@ -49,7 +49,7 @@ class Register:
         more rounds than planned may now be charged.
 
         Raises:
-            ValueError: the run is no valid one, is known with another name, source or mechanism, or
+            ValueError: the run is no valid one, is known with another name, data or mechanism, or
                 the file is damaged.
             RuntimeError: another process holds the lock for longer than `patience`.
         """
@@ -87,7 +87,7 @@ class Register:
             run
             for run in known.values()
             if fingerprint is None
-            or any(s.fingerprint == fingerprint for p in run.plans.values() for s in p.sources)
+            or any(fingerprint in plan.fingerprints for plan in run.plans.values())
         )
 
     def _add(self, record: dict[str, Any]) -> None:

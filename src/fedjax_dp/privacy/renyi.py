@@ -46,9 +46,9 @@ def summed_discrete_gaussian_rdp(
         D_a <= min(a D**2 / (2 s**2) + tau d, a/2 (D / s + tau sqrt(d))**2).
 
     This is Proposition 14 of Kairouz, Liu and Steinke 2021, "The Distributed Discrete Gaussian
-    Mechanism for Federated Learning with Secure Aggregation", arXiv 2102.06387, as their published
-    accountant computes it. (Their Theorem 1 restates it as 1/2 epsilon**2 concentrated DP; we stay
-    with the Renyi form, which is tighter, and prove it.) One coordinate moved by D:
+    Mechanism for Federated Learning with Secure Aggregation", arXiv 2102.06387, as the authors'
+    published accountant computes it. (As 1/2 epsilon**2 concentrated DP the first bound would need
+    2 tau d in epsilon**2, for a near 1.) Nothing rests on the citation: one coordinate moved by D:
 
     1. The sum's law p is nearly N, that of ONE discrete Gaussian of s**2. For shares of variances v
        and w the probability of x is, up to a constant, exp(-x**2 / 2(v+w)) times a theta function,
@@ -89,11 +89,11 @@ def summed_discrete_gaussian_rdp(
 
 
 def poisson_sampled_rdp(
-    orders: Sequence[float], rdp: Callable[[float], float], sampling_probability: float
+    orders: Sequence[float], bound: Callable[[float], float], sampling_probability: float
 ) -> np.ndarray:
     """Bound on the Renyi divergence, either way, of a unit that takes part with probability q.
 
-    Let P be the law of the output without the unit and Q with it, D_a(Q || P) <= rdp(a) for every
+    Let P be the law of the output without the unit and Q with it, D_a(Q || P) <= bound(a) for every
     a, and let an involution swap them: additive noise of a symmetric law has one, the reflection
     that swaps the two means. Given the others' coins (which quasi-convexity then averages away),
     the pair is R = (1-q) P + q Q against P, and for an integer a >= 2 the binomial theorem gives
@@ -112,19 +112,19 @@ def poisson_sampled_rdp(
 
     Args:
         orders: each > 1.
-        rdp: bound of the unsampled mechanism.
+        bound: order -> bound of the unsampled mechanism.
         sampling_probability: q in [0, 1].
 
     Returns:
-        The bounds; never above `rdp`, and `rdp` itself for q = 1.
+        The bounds; never above `bound`, and `bound` itself for q = 1.
     """
-    unsampled = np.array([rdp(order) for order in orders])
+    unsampled = np.array([bound(order) for order in orders])
     if sampling_probability == 1 or not np.isfinite(unsampled).all():
         return unsampled
     if sampling_probability == 0:
         return np.zeros(len(orders))
     q = sampling_probability
-    moments = [0.0, 0.0, *((l - 1) * rdp(l) for l in range(2, math.ceil(max(orders)) + 1))]
+    moments = [0.0, 0.0, *((l - 1) * bound(l) for l in range(2, math.ceil(max(orders)) + 1))]
     logs = {1: 0.0}  # (a-1) D_a(R || P) at the integers that are asked for
     for a in {end for order in orders for end in (math.floor(order), math.ceil(order))} - {1}:
         l = np.arange(a + 1)

@@ -5,37 +5,48 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fedjax_dp.data.sources import SiteSource
+from fedjax_dp.data.sources import Holding, SiteSource
 
 
 class Plan(NamedTuple):
     """What one client of a run is about to do.
 
     Attributes:
-        sources: the sites whose data the client trains on: its own, or all of a pool.
+        holding: the data that the client trains on.
         mechanism: descriptor of its mechanism.
         rounds: the most rounds that may yet be charged to it, those already charged included.
     """
 
-    sources: tuple[SiteSource, ...]
+    holding: Holding
     mechanism: Mapping[str, Any]
     rounds: int
 
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the sites whose data, or some of them, the client trains on."""
+        return tuple(source.fingerprint for source in self.holding.sources)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable description; `from_json` restores it."""
-        sources = [source._asdict() for source in self.sources]
-        return {"sources": sources, "mechanism": dict(self.mechanism), "rounds": self.rounds}
+        sources = [source._asdict() for source in self.holding.sources]
+        holding = self.holding._asdict() | {"sources": sources}
+        return {"holding": holding, "mechanism": dict(self.mechanism), "rounds": self.rounds}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Plan":
         """Restores what `to_json` described; a ValueError where it is something else."""
         _check_keys(value, cls._fields)
-        sources = tuple(SiteSource(**source) for source in value["sources"])
+        holding = value["holding"]
+        _check_keys(holding, Holding._fields)
+        sources = tuple(SiteSource(**source) for source in holding["sources"])
         if not sources or not all(isinstance(text, str) for some in sources for text in some):
-            raise ValueError(f"Expected one source or more, of strings, got {value['sources']}.")
+            raise ValueError(f"Expected one source or more, of strings, got {holding['sources']}.")
+        if not all(isinstance(holding[name], bool) for name in ("is_whole", "is_patient")):
+            raise ValueError(f"Expected is_whole and is_patient true or false, got {holding}.")
         if not isinstance(value["mechanism"], dict) or "placement" not in value["mechanism"]:
             raise ValueError(f"Expected the descriptor of a mechanism, got {value['mechanism']!r}.")
-        return cls(sources, value["mechanism"], _rounds(value["rounds"]))
+        held = Holding(sources, holding["is_whole"], holding["is_patient"])
+        return cls(held, value["mechanism"], _rounds(value["rounds"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,10 +145,7 @@ class Run:
         """Everything but the numbers of rounds, by name."""
         found = {name: getattr(self, name) for name in _CONSTANT}
         for client, plan in self.plans.items():
-            found |= {
-                f"sources of {client}": plan.sources,
-                f"mechanism of {client}": plan.mechanism,
-            }
+            found |= {f"data of {client}": plan.holding, f"mechanism of {client}": plan.mechanism}
         return found
 
 
