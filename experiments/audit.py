@@ -27,10 +27,15 @@ from experiments import audit_mutants
 from experiments.audit_report import tables, with_tables
 from tests import mutants
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/audit", "Folder of the report.")
+# Other experiments have flags of these names too; one process of tests imports several.
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/audit", "Folder of the report.", allow_override=True
+)
 _TRIALS = flags.DEFINE_integer("trials", 20_000, "Of each world; fewer lack the power.")
 _CASES = flags.DEFINE_list("cases", [], "Cases of the audit; empty = all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the audit's own randomness, which protects nobody.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the audit's own randomness, which protects nobody.", allow_override=True
+)
 _MUTANTS = flags.DEFINE_boolean("mutants", True, "Whether to run the mutants too.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes of mutants at a time.")
 _DOCS = flags.DEFINE_string("docs", "", "File that gets the tables between its audit markers.")
@@ -183,7 +188,7 @@ def run_mutants(
             result["said"] |= {n: m.splitlines()[0] for n, m in seen.broken.items()}
             result["survived"] = audit_mutants.judge(name, baseline, seen)
         if cases := audit_mutants.cases_of(mutant):
-            bounds, result["survived"] = mutated_audit(name, cases, folder), result["survived"]
+            bounds = mutated_audit(name, cases, folder)
             result["said"] |= {f"{audit_mutants.AUDIT}{c}": text for c, text in bounds.items()}
             missed = [c for c in cases if not bounds.get(c, "").startswith("broken")]
             if missed and not result["survived"]:

@@ -272,7 +272,8 @@ MUTANTS = {
         "shares are split over all clients, though some may drop out of the sum",
         (Edit("privacy.mechanism", "return num_sharing - self.max_dropouts",
               "return num_sharing"),),
-        (PRIVACY_RULES + "test_what_is_left_after_the_dropouts_holds_the_noise",),
+        (PRIVACY_RULES + "test_what_is_left_after_the_dropouts_holds_the_noise",
+         "audit:distributed"),
     ),
     "shares_not_split_again": Mutant(
         "shares stay those of the start when a client has left",

@@ -10,7 +10,7 @@ from experiments.audit_cases import make_cases
 from tests import mutants
 from tests.mutants import MUTANTS, Edit
 
-# One of a formula, one of a protocol's refusal, one that is loaded in a process of its own.
+# Quick ones: a law, a refusal, an independence.
 REPRESENTATIVE = ("overflow_kept", "mask_given_twice", "shuffled_batches")
 
 

@@ -15,6 +15,7 @@ from fedjax_dp.checkpoint import load_params
 from fedjax_dp.config import Config, by_site, names
 from fedjax_dp.data import units
 from fedjax_dp.data.federation import Federation, federation_from_manifest
+from fedjax_dp.data.outline import outline_from_manifest
 from fedjax_dp.data.sampling import draw_cohort
 from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable
@@ -53,13 +54,8 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
     Raises:
         ValueError: the manifest is wrong (all findings in one error), or a size does not fit.
     """
+    _check_tile_size(config)
     data = config.data
-    side = 2**config.model.depth
-    if data.tile_size < side or data.tile_size % side:
-        raise ValueError(
-            f"Expected data.tile_size to be a multiple of 2**model.depth = {side}, got "
-            f"{data.tile_size}."
-        )
     if data.manifest:
         with busy("Reading and checking the manifest", show=progress):
             federation = _read(config)
@@ -75,6 +71,40 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
     if not len(federation.train):
         raise ValueError(f"Expected training tiles in {federation.name}, got none.")
     return federation
+
+
+def load_outline(config: Config) -> Federation:
+    """The federation `config.data` names without its pixels: whose each tile is, and no more.
+
+    Raises:
+        ValueError: as of `load_federation`, as far as it can be seen without pixels; or
+            `data.min_tissue` is set, which only pixels can tell.
+    """
+    _check_tile_size(config)
+    data = config.data
+    if not data.manifest:
+        return _draw(config, None)
+    if data.min_tissue:
+        raise ValueError(
+            f"Expected data.min_tissue 0 for an outline, got {data.min_tissue}: which tiles hold "
+            "tissue, only their pixels tell."
+        )
+    return outline_from_manifest(
+        data.manifest,
+        tile_size=data.tile_size,
+        stride=data.stride or None,
+        class_names=names(data.class_names),
+        train_sites=names(data.train_sites),
+        external_sites=names(data.external_sites),
+    )
+
+
+def _check_tile_size(config: Config) -> None:
+    side, tile_size = 2**config.model.depth, config.data.tile_size
+    if tile_size < side or tile_size % side:
+        raise ValueError(
+            f"Expected data.tile_size to be a multiple of 2**model.depth = {side}, got {tile_size}."
+        )
 
 
 def _read(config: Config) -> Federation:
@@ -96,6 +126,11 @@ def pool_sites(federation: Federation) -> Federation:
     train = federation.train
     train = dataclasses.replace(train, sites=(POOLED,), site=np.zeros(len(train), np.int32))
     return dataclasses.replace(federation, train=train)
+
+
+def client_kind(config: Config) -> str:
+    """What a client of the run is: a "site", a "patient", or the "pool" of all sites."""
+    return "pool" if config.federation.pooled else config.federation.clients
 
 
 def with_clients(config: Config, federation: Federation) -> Federation:
@@ -125,6 +160,8 @@ def with_clients(config: Config, federation: Federation) -> Federation:
 
 
 def _draw(config: Config, bar: Any) -> Federation:
+    """The synthetic federation, whose progress a bar shows; where that is None, its outline."""
+
     def progress(drawn: int, total: int) -> None:
         bar.total = total
         bar.update(drawn - bar.n)
@@ -139,6 +176,7 @@ def _draw(config: Config, bar: Any) -> Federation:
         mpp=data.synthetic_mpp,
         variation=data.synthetic_variation,  # type: ignore[arg-type]
         progress=progress,
+        with_pixels=bar is not None,
     )
 
 

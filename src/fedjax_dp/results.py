@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_dp.assembly import Sites, make_model
+from fedjax_dp.assembly import Sites, client_kind, make_model
 from fedjax_dp.checkpoint import Position, load_params
 from fedjax_dp.config import Config
 from fedjax_dp.data.federation import Federation
@@ -175,11 +175,6 @@ def predict(
         mesh=client_mesh(config.execution.devices),
     )
     return evaluator.predictions(params, images)
-
-
-def client_kind(config: Config) -> str:
-    """What a client of the run is: a "site", a "patient", or the "pool" of all sites."""
-    return "pool" if config.federation.pooled else config.federation.clients
 
 
 def privacy_statement(

@@ -71,7 +71,7 @@ def test_the_statistic_follows_the_law_that_fixed_the_threshold(cases, name):
 def test_by_flags(tmp_path):
     """Too few trials for the floor: the audit says that it proves nothing, and fails."""
     docs = tmp_path / "page.md"
-    docs.write_text(f"# Page\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    docs.write_text(f"# Page\n\n{BEGIN}\nSTALE\n{END}\n\nThe end.\n")
     command = [
         sys.executable, "-W", "error", "-m", "experiments.audit", f"--workdir={tmp_path / 'w'}",
         f"--trials={TRIALS}", "--nomutants", "--cases=update_unclipped_1,update_unclipped_4,dp_sgd",
@@ -93,7 +93,7 @@ def test_by_flags(tmp_path):
     assert (tmp_path / "w" / "audit.md").read_text().strip() in page
     assert page.startswith("# Page\n")
     assert page.endswith("The end.\n")
-    assert "old" not in page
+    assert "STALE" not in page
 
 
 def test_an_unknown_case_is_refused(calibrations):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_dp.models.unet import UNet, unet
+from fedjax_dp.models.unet import UNet, multiply_adds, unet
 from tests.oracles import assert_trees_close, exact_products  # noqa: F401
 
 TINY = {"base_channels": 8, "depth": 1}
@@ -110,3 +110,14 @@ def test_the_start_has_the_moments_of_flax_own():
             assert np.abs(mine).max() <= 2.001 * np.sqrt(flax.shape[-1] / flax.size) / 0.8796
         else:
             np.testing.assert_array_equal(mine, flax)
+
+
+def test_multiply_adds_are_those_of_the_convolutions():
+    for base_channels, depth, side in ((8, 1, 32), (16, 4, 128)):
+        init, apply = unet(2, base_channels=base_channels, depth=depth)
+        params = jax.eval_shape(init, jax.random.key(0))
+        tile = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        traced = jax.jit(lambda p, x, apply=apply: apply(p, x, None)).lower(params, tile)
+        counted = multiply_adds(side, 2, base_channels=base_channels, depth=depth)
+        # XLA leaves out products with padding and counts sums and norms too.
+        assert traced.cost_analysis()["flops"] == pytest.approx(2 * counted, rel=0.1)

@@ -70,3 +70,12 @@ def test_calibrations_are_kept_and_verified(tmp_path, monkeypatch):
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("start", [1, 2, 99, 100, 101, 5000, 10**7])
+def test_where_the_rounds_are_looked_for_does_not_matter(start):
+    event = gaussian(10.0)
+    expected = calibration.max_rounds(event, 4.377178, DELTA, limit=1000)
+    assert calibration.max_rounds(event, 4.377178, DELTA, limit=1000, start=start) == expected
+    assert calibration.max_rounds(event, 1e6, DELTA, limit=64, start=start) == 64
+    assert calibration.max_rounds(event, 1e-6, DELTA, start=start) == 0

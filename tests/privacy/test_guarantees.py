@@ -569,6 +569,7 @@ CENTRAL = {"placement": "central", "cohort_prob": 0.25, "relative_weight": 0.5, 
 STEP = dp_event.TruncatedSubsampledGaussianDpEvent(40, 0.2, 10, 2.0)
 SHARE = dp_event.TruncatedSubsampledGaussianDpEvent(40, 0.2, 10, 1.0)
 ONCE = 1 - 0.8**3
+CUT = 1 - stats.binom.cdf(9, 39, 0.2) ** 3  # some step of three may be cut for one record
 
 
 def of_three(event):
@@ -603,6 +604,8 @@ TABLE = [
      "zero_out"),
     ({"placement": "update", "capacity": 40}, "record_tile", "tile", "zero_out", 1.0,
      poisson(ONCE, 1.0), "zero_out"),
+    ({"placement": "update"}, "record_tile", "tile", "zero_out", 1.0,
+     MixtureDpEvent((poisson(ONCE, 1.0), gaussian(1.0)), (1 - CUT, CUT)), "zero_out"),
     ({"placement": "update", "averaged_over": 4}, "client_in_average", "client", "zero_out", 0.5,
      gaussian(4.0), "zero_out"),
     ({"placement": "update", "averaged_over": 4}, "client_replace_in_average", "client",

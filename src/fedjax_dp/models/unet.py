@@ -109,6 +109,29 @@ def unet(
     return jax.jit(init), apply
 
 
+def multiply_adds(
+    tile_size: int, num_classes: int, *, base_channels: int = 16, depth: int = 4
+) -> int:
+    """Multiplications, each with an addition, of the network's forward pass over one tile.
+
+    Convolutions alone are counted; normalisation and pooling are a few per cent beside them.
+
+    Args:
+        tile_size: side of the tile, in pixels.
+        num_classes: K.
+        base_channels: as of `unet`.
+        depth: as of `unet`.
+    """
+    total = base_channels * num_classes * tile_size**2  # the head
+    for level in range(depth + 1):
+        channels, pixels = base_channels * 2**level, (tile_size // 2**level) ** 2
+        inputs = channels // 2 if level else 3
+        total += 9 * (inputs + channels) * channels * pixels
+        if level < depth:  # the way up: doubling, two convolutions of which the first sees the skip
+            total += (2 + 9 * 3) * channels**2 * pixels
+    return total
+
+
 def _lecun_normal(key: PRNGKey, shapes: Any) -> Params:
     """Flax's default start (LeCun et al. 1998): truncated normal kernels, scales one, biases zero.
 

@@ -2,8 +2,9 @@
 
 Everything here is an upper bound: losses are rounded up on a grid (`DEFAULT_GRID` 1e-3). That costs
 some 0.004 % of epsilon as a rule, and up to 13 % where one step loses less than a cell, at a very
-small q / z. Pure Gaussian events are exact (Balle and Wang 2018). Summed discrete Gaussian noise has no known privacy loss distribution: what contains
-it is composed by Renyi divergences (`renyi`), which is looser.
+small q / z. Pure Gaussian events are exact (Balle and Wang 2018). Summed discrete Gaussian noise
+has no known privacy loss distribution: what contains it is composed by Renyi divergences (`renyi`),
+which is looser.
 
 References:
     Google's dp-accounting; Doroshenko et al. 2022, connect the dots; Balle and Wang 2018, improving

@@ -23,7 +23,7 @@ def max_rounds(
     relation: Relation = "zero_out",
     *,
     limit: int = 1_000_000,
-    start: int = 1,
+    start: int | None = None,
     grid: float = DEFAULT_GRID,
 ) -> int:
     """The most repetitions of `event` within the budget: this many stay, one more exceeds.
@@ -34,7 +34,8 @@ def max_rounds(
         delta: in (0, 1).
         relation: which datasets are neighbours.
         limit: the answer is at most this.
-        start: where the answer is looked for first; a good guess saves compositions.
+        start: where the answer is looked for first, >= 1: a good guess saves compositions. None
+            guesses on a coarser grid, where they are cheap.
         grid: cell of the privacy loss.
 
     Returns:
@@ -46,7 +47,12 @@ def max_rounds(
     def fits(rounds: int) -> bool:
         return accounting.epsilon(event, rounds, delta, relation, grid=grid) <= target_epsilon
 
-    low, high, step = 0, max(1, min(start, limit)), 1
+    if start is None and grid < _COARSE_GRID:
+        start = max_rounds(
+            event, target_epsilon, delta, relation, limit=limit, start=1, grid=_COARSE_GRID
+        )
+    start = max(start or 1, 1)
+    low, high, step = 0, min(start, limit), max(1, start // 256)
     while high < limit and fits(high):
         low, high, step = high, high + step, 2 * step
     if high >= limit:

@@ -142,7 +142,7 @@ class Mechanism(MechanismSettings):
         """The headline's epsilon after `rounds` rounds."""
         return self.headline.epsilon(rounds, delta)
 
-    def max_rounds(self, target_epsilon: float, delta: float, *, start: int = 1) -> int:
+    def max_rounds(self, target_epsilon: float, delta: float, *, start: int | None = None) -> int:
         """Rounds within the headline's budget; the next one would exceed it.
 
         Args:
@@ -197,7 +197,7 @@ def _calibrate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _max_rounds(headline: Guarantee, target_epsilon: float, delta: float, start: int) -> int:
+def _max_rounds(headline: Guarantee, target_epsilon: float, delta: float, start: int | None) -> int:
     return calibration.max_rounds(
         headline.event, target_epsilon, delta, headline.accountant_relation, start=start
     )
