@@ -6,10 +6,16 @@ import stat
 import numpy as np
 import pytest
 
-from fedjax_dp.privacy.secrets import SERVER, DistinctDerivations, Purpose, Secrets
+from fedjax_dp.privacy.secrets import (
+    SERVER,
+    SERVER_PURPOSES,
+    DistinctDerivations,
+    Purpose,
+    Secrets,
+)
 
 CLIENTS = ["A", "B", "AB"]
-OF_CLIENTS = [p for p in Purpose if p is not Purpose.COHORT]
+OF_CLIENTS = [purpose for purpose in Purpose if purpose not in SERVER_PURPOSES]
 
 
 def test_every_name_derives_its_own_seed():
@@ -20,8 +26,10 @@ def test_every_name_derives_its_own_seed():
     ):
         secrets.derive(client, index, purpose, nonce)
     for index in range(12):
-        secrets.derive(SERVER, index, Purpose.COHORT)
-    assert len(recorder.seen) == 3 * 12 * len(OF_CLIENTS) * 3 + 12
+        for purpose in SERVER_PURPOSES:
+            secrets.derive(SERVER, index, purpose)
+    of_server = 12 * len(SERVER_PURPOSES)
+    assert len(recorder.seen) == 3 * 12 * len(OF_CLIENTS) * 3 + of_server
 
 
 def test_the_recorder_sees_a_second_use():
