@@ -16,6 +16,7 @@ from fedjax_dp.config import Config
 from fedjax_dp.privacy.ledger import Ledger
 from fedjax_dp.privacy.statement import recompute_epsilon
 from fedjax_dp.reporting.log import read_lines
+from fedjax_dp.reporting.officer import statement_page
 from tests import runs
 from tests.oracles import distance
 from tests.runs import (
@@ -111,6 +112,7 @@ def test_without_privacy_epsilon_is_infinite_and_every_output_says_so(tmp_path):
 def test_epsilon_is_recomputed_from_the_statement_alone(plain):
     _, summary, folder = plain
     stated = read_json(folder / "privacy.json")
+    assert (folder / "privacy.md").read_text() == statement_page(stated)
     assert recompute_epsilon(stated) == pytest.approx(summary["privacy"]["epsilon"]["per_client"])
     for client, entry in stated["clients"].items():
         assert entry["rounds"] == sum(client in c["clients"] for c in charges(folder))

@@ -63,7 +63,7 @@ def rows(text):
     "changes",
     [
         {},
-        {"unit": "tile", "max_tiles_per_patient": 3},
+        pytest.param({"unit": "tile", "max_tiles_per_patient": 3}, marks=pytest.mark.slow),
         {"placement": "distributed", "unit": "slide", "max_dropouts": 1},
         {"placement": "central", "cohort_prob": 0.5},
         {"placement": "update"},
@@ -111,9 +111,10 @@ def test_advice(manifest):
     assert "hut: delta 0.01 is not below 1/n" not in text  # 1/2 is larger
     assert "delta 0.1 is not below 1/n" in plan(config(manifest, delta=0.1))
     assert "north: leave" not in text
-    text = " ".join(plan(config(manifest, unit="tile")).split())
+    tiles = {"unit": "tile", "train_sites": "north"}
+    text = " ".join(plan(config(manifest, **tiles)).split())
     assert "all patients are known, but the unit is the tile: no patient epsilon is valid" in text
-    capped = " ".join(plan(config(manifest, unit="tile", max_tiles_per_patient=2)).split())
+    capped = " ".join(plan(config(manifest, max_tiles_per_patient=2, **tiles)).split())
     assert "a patient's epsilon is up to" in capped
     text = " ".join(plan(config(manifest, placement="update_unclipped")).split())
     assert "nothing is promised: epsilon is infinite" in text
