@@ -165,7 +165,17 @@ def test_what_all_runs_cost_together_is_shown():
         "sites": {"north": {"runs": [{}, {}, {}], "epsilon_if_all_released": total}},
     }
     page = " ".join(statement_page(stated("dp_sgd", across_runs=part)).split())
+    assert "epsilon of one patient at delta 1e-05" in page
     assert "north 12.35 (3 runs)" in page
+    total["patient"]["epsilon"] = "infinity"
+    page = " ".join(statement_page(stated("dp_sgd", across_runs=part)).split())
+    assert "north no valid promise (3 runs)" in page
+    page = " ".join(
+        statement_page(stated("central", client_is="patient", across_runs=part)).split()
+    )
+    assert "epsilon of one patient at delta 1e-05" in page
+    total["patient"]["epsilon"] = 12.345
+    page = " ".join(statement_page(stated("dp_sgd", across_runs=part)).split())
     assert "Other runs on the same data" not in page
     page = statement_page(stated("dp_sgd", across_runs={"error": "not known: no register"}))
     assert "is not known: no register" in " ".join(page.split())
@@ -175,3 +185,4 @@ def test_a_client_is_called_what_it_is():
     for kind, words in (("site", "each site"), ("patient", "each patient"), ("pool", "the pool")):
         page = statement_page(stated("central", client_is=kind))
         assert words in first_sentence(page)
+        assert f"how many {kind}s there are stays known" in " ".join(page.split())

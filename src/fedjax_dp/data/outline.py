@@ -50,8 +50,9 @@ def outline_from_manifest(
     findings = [
         *manifest.findings,
         *table_checks.patients(manifest.rows, splits),
-        *table_checks.empty_splits(manifest.rows, splits),
     ]
+    if all(row.split for row in manifest.rows) or not manifest.has_split:
+        findings += table_checks.empty_splits(manifest.rows, splits)
     members: dict[str, list[tuple[int, tuple[str, str, str]]]] = {
         split: [] for split in (TRAIN, VALIDATION, TEST, EXTERNAL)
     }

@@ -25,7 +25,7 @@ _WHAT = {
 }
 _CLIENTS = {
     "site": ("each site as a whole", "all data of that site", "whole site"),
-    "patient": ("each patient, who is a client,", "all data of that patient", "patient"),
+    "patient": ("each patient whose tissue was trained on", "all data of that patient", "patient"),
     "pool": ("the pool of all sites as a whole", "all data of the pool", "whole pool"),
 }
 _MAX_SITES = 16
@@ -135,9 +135,11 @@ def _explanation(value: Mapping[str, Any]) -> str:
             "trained on."
         )
     what = _words(value)[1]
+    known = f"how many {value['unit']}s a site has"
+    if value["protected"] == "client":
+        known = f"how many {value['client_is']}s there are"
     without = {
-        "zero_out": f"Without means that it counts for nothing; how many {value['unit']}s a site "
-        "has stays known.",
+        "zero_out": f"Without means that it counts for nothing; {known} stays known.",
         "add_or_remove": "Without means as if it had never been there.",
     }[value["relation"]]
     return (
@@ -232,16 +234,20 @@ def _all_runs(value: Mapping[str, Any]) -> list[str]:
         return [
             _wrap(_sentence(f"what all runs on the same data cost together is {part['error']}"))
         ]
-    unit = value["protected"]
+    name = _words(value)[2]
+    unit = "patient" if name == "patient" else value["protected"]
     lines = []
     for site, told in part["sites"].items():
         total = told["epsilon_if_all_released"][unit]
-        text = epsilon_text(_number(total["epsilon"]))
-        lines.append(f"{site} {text} ({len(told['runs'])} runs)")
+        epsilon, runs = _number(total["epsilon"]), len(told["runs"])
+        # No row that holds for all of them is no promise at all.
+        text = "no valid promise" if math.isinf(epsilon or 0.0) else epsilon_text(epsilon)
+        lines.append(f"{site} {text} ({runs} run{'s' * (runs != 1)})")
     return [
         _wrap(
-            f"All runs on the same data add up. If all of them are released, epsilon of one {unit} "
-            f"at delta {part['target_delta']:g} is: {', '.join(lines)}."
+            f"All runs on the same data add up. If all of them are released, epsilon of one {name} "
+            f"at delta {part['target_delta']:g}, against whoever sees most of each, is: "
+            f"{', '.join(lines)}."
         )
     ]
 
