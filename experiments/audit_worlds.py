@@ -172,9 +172,7 @@ def _distributed(case: Case, secrets: Secrets) -> Release:
     is_discrete, constants = m.noise == "discrete_gaussian", client_constants(m, 1.0)
     max_abs = m.capacity + NOISE_REACH * m.share_stddev(m.num_shares) / m.l2_clip_norm
     step = 1.0 / m.levels if is_discrete else fixed_point(max_abs, m.num_shares).step
-    share = masked_share(
-        canary_loss, step=step, max_abs=max_abs, levels=m.levels if is_discrete else None
-    )
+    share = masked_share(canary_loss, step=step, levels=m.levels if is_discrete else None)
     aggregator = secure_sum(PARAMS, step)
 
     def one(noise_key: Any, mask: Any, integers: Any, plan: Any, pool: Any) -> Any:

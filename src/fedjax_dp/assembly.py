@@ -521,7 +521,11 @@ def _algorithm(
 
 
 def _encoding(mechanisms: Sequence[Mechanism]) -> dict[str, Any]:
-    """How messages become words, from public numbers: no sum of them can leave its word."""
+    """How messages become words, from public numbers, with room for all of them in a word.
+
+    Under "add_or_remove" a site may draw more units than are declared; a sum that leaves its word
+    then comes back modulo 2**32, which guards what is guarded and spoils that coordinate.
+    """
     first = mechanisms[0]
     if first.noise == "discrete_gaussian":
         return {"step": 1.0 / first.levels, "levels": first.levels}
@@ -530,7 +534,7 @@ def _encoding(mechanisms: Sequence[Mechanism]) -> dict[str, Any]:
     reach = max(m.capacity for m in mechanisms) + NOISE_REACH * share
     count = max(m.count_share_stddev(first.min_sharing) for m in mechanisms)
     max_abs = max(reach, max(m.capacity for m in mechanisms) / 2 + NOISE_REACH * count)
-    return {"step": fixed_point(max_abs, len(mechanisms)).step, "max_abs": max_abs}
+    return {"step": fixed_point(max_abs, len(mechanisms)).step}
 
 
 def compile_programs(

@@ -53,7 +53,7 @@ def compiled(
 ):  # fmt: skip
     step = code.step if levels is None else 1 / levels
     update = masked_share(
-        loss, step=step, max_abs=code.max_abs, levels=levels, microbatch_size=size, loop=loop,
+        loss, step=step, levels=levels, microbatch_size=size, loop=loop,
         is_adaptive=is_adaptive,
     )  # fmt: skip
     return jax.jit(update)
@@ -135,16 +135,25 @@ def test_noise_is_encoded_as_fixed_point_would():
     assert len(np.unique(found)) == WORDS
 
 
-def test_what_would_leave_the_word_is_clamped():
-    """Undefined otherwise; and the sum of all clients still fits."""
-    code = fixed_point(0.01, num_clients=5)
-    message = share(code=code, constants={"stddev": CLIP})
-    full = step_of_dp_sgd(keyed_loss, make_constants(clip=CLIP, stddev=CLIP), PLAN, make_pool())
-    beyond = np.abs(full) > 0.011
-    assert beyond.sum() > 30
-    expected = np.sign(full[beyond]) * 0.01
-    np.testing.assert_allclose(decoded(message, code)[beyond], expected, rtol=1e-6)
-    assert 5 * np.abs(signed(message)).max() < 2**31
+def test_what_leaves_the_word_comes_back():
+    """Modulo 2**32, as exactly as what stays in it: clamped, a share would lose its noise."""
+    draws = noise.gaussian(jax.random.fold_in(make_keys().noise, 0), (WORDS,))
+    code = FixedPoint(step=2.0**-34, max_abs=2.0**-5, num_clients=2)
+    exact = [round(float(draw) * 2.0**35) for draw in np.asarray(draws)]
+    assert sum(abs(value) > 2**32 for value in exact) > 40
+    found = share(EMPTY, code=code, constants={"stddev": 2.0 * CLIP})
+    np.testing.assert_array_equal(found, [value % 2**32 for value in exact])
+
+
+@pytest.mark.parametrize("level", [64, -64])
+def test_the_end_of_the_word_is_met(level):
+    """+-2**31 exactly, where a conversion is undefined: gradients of 1/16 in steps of 2**-35."""
+    images = np.full((12, 4, 4, 3), GRAY + level, np.uint8)
+    pool = make_pool()._replace(images=jnp.asarray(images))
+    code = FixedPoint(step=2.0**-35, max_abs=2.0**-6, num_clients=2)
+    plan = make_plan([[3]], shape=(1, 4, 3))
+    found = share(plan, pool, loss=linear_loss, code=code, constants={"clip": 16.0})
+    np.testing.assert_array_equal(found, np.full(WORDS, 2**31, np.uint32))
 
 
 def test_microbatch_and_loop_change_no_word_of_exact_gradients():
@@ -234,7 +243,7 @@ def make_keys_data(client, mask):
 @functools.cache
 def visiting(block):
     aggregator = secure_sum(linear_params(), CODE.step)
-    update = masked_share(keyed_loss, step=CODE.step, max_abs=CODE.max_abs)
+    update = masked_share(keyed_loss, step=CODE.step)
     visit = cohort.visit_clients(
         update, aggregator, clients_per_block=block, mesh=cohort.client_mesh(1)
     )

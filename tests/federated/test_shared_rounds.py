@@ -266,7 +266,7 @@ def no_loss(params, *_):
 @functools.cache
 def programs(levels=None):
     step = CODE.step if levels is None else 1 / levels
-    share = masked_share(no_loss, step=step, max_abs=CODE.max_abs, levels=levels)
+    share = masked_share(no_loss, step=step, levels=levels)
     made = opened_sum(share, optax.sgd(1.0), secure_sum(PARAMS, step), mesh=client_mesh(1))
     return made._replace(visit=jax.jit(made.visit), finish=jax.jit(made.finish))
 
@@ -309,7 +309,7 @@ def test_the_opened_sum_holds_the_stated_noise(charges, lost, left, path_of_nois
 
 def test_shares_of_clients_and_rounds_are_independent(charges):
     maker = make_maker(charges)
-    share = jax.jit(masked_share(no_loss, step=CODE.step, max_abs=CODE.max_abs))
+    share = jax.jit(masked_share(no_loss, step=CODE.step))
     found = []
     for index in range(2):
         for client in list(by_client(maker.make(index)).values())[:3]:

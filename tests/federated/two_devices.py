@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from fedjax_dp.federated import cohort
-from fedjax_dp.federated.aggregators import weighted_mean
+from fedjax_dp.federated.aggregators import secure_sum, weighted_mean
 from fedjax_dp.federated.client import ClientInfo, client_update
+from fedjax_dp.federated.share import masked_share
 from fedjax_dp.privacy import clipping
 from fedjax_dp.typing import NonPrivate
 from tests import oracles
@@ -172,6 +173,32 @@ def an_empty_slot_on_the_second_device_adds_nothing():
     assert norm(acc.total) > 0
 
 
+def masked_words_of_two_devices_sum_to_the_plain_ones():
+    """Modulo 2**32 across the devices too, and an empty slot adds no word."""
+    masks = np.random.default_rng(0).integers(0, 2**32, (3, 51), np.uint32)
+    plans = [plan._replace(tile_index=plan.tile_index[:1]) for plan in PLANS[:3]]
+    step, params, pool = 2.0**-20, linear_params(), make_pool()
+    update = masked_share(keyed_loss, step=step)
+    slots = [make_client(plan, i, clip=CLIP, stddev=0.01) for i, plan in enumerate(plans)]
+    slots = [
+        slot._replace(keys=slot.keys._replace(mask=mask))
+        for slot, mask in zip(slots, masks, strict=True)
+    ]
+    aggregator = secure_sum(params, step)
+    visiting = jax.jit(cohort.visit_clients(update, aggregator, clients_per_block=2))
+    acc, _, info = visiting(
+        aggregator.init(params), params, cohort.stack_chunk([*slots, None]), pool
+    )
+    messages = [
+        jitted(update)(params, *take(cohort.stack_chunk([slot]), 0), pool)[0] for slot in slots
+    ]
+    off = np.asarray(acc - sum(messages)).view(np.int32)
+    assert np.abs(off).max() <= 3 * 2  # a block may round its float32 sums otherwise
+    plain = np.asarray(acc - masks.sum(0, dtype=np.uint32)).view(np.int32)
+    assert 2**16 < np.abs(plain).max() < 2**24
+    np.testing.assert_array_equal(info.units.value.units, [2, 1, 0, 0])
+
+
 CHECKS = (
     two_devices_are_there,
     each_delta_equals_the_loop_block_1,
@@ -181,6 +208,7 @@ CHECKS = (
     one_unit_moves_its_client_by_the_clip_and_no_other,
     noise_is_independent_across_devices,
     an_empty_slot_on_the_second_device_adds_nothing,
+    masked_words_of_two_devices_sum_to_the_plain_ones,
 )
 
 

@@ -185,7 +185,7 @@ def test_every_step_has_a_count_of_its_own_noise():
 def shares():
     """Noise of DRAWS shares of sum [2] and count, decoded."""
     code = fixed_point(60.0, K)
-    update = masked_share(no_loss, step=code.step, max_abs=code.max_abs, is_adaptive=True)
+    update = masked_share(no_loss, step=code.step, is_adaptive=True)
     constants = client_constants(SHARED, 1.0, num_sharing=K)
     plan = make_plan(shape=(1, 2, 1))
 
@@ -385,7 +385,7 @@ def test_each_site_follows_its_own_quantile(quantile):
 def test_shares_follow_the_quantile_of_all_units():
     half, quantile = UNITS // 2, 0.5
     code = fixed_point(60.0, 2)
-    share = masked_share(linear_loss, step=code.step, max_abs=code.max_abs, is_adaptive=True)
+    share = masked_share(linear_loss, step=code.step, is_adaptive=True)
     opened = secure_sum(linear_params(), code.step, has_count=True)
     made = opened_sum(
         share, SGD, opened, mesh=client_mesh(1), adaptive=adaptive_clipping(quantile), num_sites=2

@@ -16,7 +16,6 @@ def masked_share(
     loss_fn: Any,
     *,
     step: float,
-    max_abs: float = 0.0,
     levels: int | None = None,
     microbatch_size: int = 1,
     loop: Literal["drawn", "capacity"] = "drawn",
@@ -33,10 +32,9 @@ def masked_share(
     Args:
         loss_fn: see `client.client_update`.
         step: value of one integer, in clip norms (`secure_aggregation.FixedPoint.step`); on the
-            discrete path 1 / levels.
-        max_abs: the largest magnitude, in clip norms, that the encoding holds. By construction no
-            coordinate reaches it (clip and capacity bound the sum, the sampler the noise); it is
-            clamped all the same, for the conversion of larger numbers is undefined.
+            discrete path 1 / levels. A number that leaves the word comes back modulo 2**32: what
+            is opened is still the noised sum, read modulo 2**32, and as private. Clamping would
+            take a share's noise away.
         levels: integer steps of a clip norm: the discrete path, whose units are quantised before
             they are summed and whose noise is `ClientKeys.integer_noise`; None for float noise.
         microbatch_size: units computed at once; never changes the result beyond rounding.
@@ -77,7 +75,7 @@ def masked_share(
             if is_adaptive:
                 values = jnp.append(values, _noised_count(keys, aux, constants))
             is_finite = jnp.isfinite(values).all()
-            words = _encode(values, step, max_abs)
+            words = _encode(values, step)
         else:
             quantised = quantisation.quantised_grad(
                 unit_loss, microbatch_size=microbatch_size, levels=levels, loop=loop
@@ -100,10 +98,16 @@ def _flat(tree: Any) -> Array:
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def _encode(values: Float32[Array, "M"], step: float, max_abs: float) -> Int32[Array, "M"]:
-    """Integers of `FixedPoint.encode`, bit for bit: the step is a power of two."""
-    clamped = jnp.clip(jnp.nan_to_num(values), -max_abs, max_abs)
-    return jnp.round(clamped / step).astype(jnp.int32)
+def _encode(values: Float32[Array, "M"], step: float) -> Int32[Array, "M"]:
+    """Integers of `FixedPoint.encode`, bit for bit, and modulo 2**32 where they leave the word.
+
+    The step is a power of two, so the quotient is exact. So is the remainder: it is smaller than
+    what it is the remainder of, and a multiple of its last place.
+    """
+    rounded = jnp.round(jnp.nan_to_num(values / step))
+    rest = rounded - 2.0**32 * jnp.round(rounded * 2.0**-32)
+    # The conversion of 2**31 itself is undefined.
+    return jnp.where(rest >= 2.0**31, rest - 2.0**32, rest).astype(jnp.int32)
 
 
 def _noised_count(keys: ClientKeys, aux: Any, constants: ClientConstants) -> Any:
