@@ -19,10 +19,16 @@ from fedjax_dp.reporting.log import write_text
 from fedjax_dp.reporting.summary import comparison_table, epsilon_text
 from fedjax_dp.results import comparison_row, finished
 
+# Other experiments have flags of these names too; one process of tests imports several.
 _WORKDIRS = flags.DEFINE_string(
-    "workdirs", "", "Comma-separated, required; the first is the baseline."
+    "workdirs",
+    "",
+    "Comma-separated, required; the first is the baseline.",
+    allow_override=True,
 )
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file to write; empty = the terminal.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Markdown file to write; empty = the terminal.", allow_override=True
+)
 
 
 def main(argv: list[str]) -> int:

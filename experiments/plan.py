@@ -29,10 +29,15 @@ WIDTH = 120
 _DEFAULT = Config()
 _PRIVACY, _FEDERATION = _DEFAULT.privacy, _DEFAULT.federation
 
-_MANIFEST = flags.DEFINE_string("manifest", "", "The CSV file; empty = the synthetic federation.")
+# Other experiments have flags of these names too; one process of tests imports several.
+_MANIFEST = flags.DEFINE_string(
+    "manifest", "", "The CSV file; empty = the synthetic federation.", allow_override=True
+)
 _TRAIN_SITES = flags.DEFINE_string("train_sites", "", "Comma-separated; empty = as the split says.")
 _EPSILON = flags.DEFINE_float("epsilon", _PRIVACY.target_epsilon, "Budget of every site.")
-_DELTA = flags.DEFINE_float("delta", _PRIVACY.target_delta, "Delta at which epsilon is stated.")
+_DELTA = flags.DEFINE_float(
+    "delta", _PRIVACY.target_delta, "Delta at which epsilon is stated.", allow_override=True
+)
 _UNIT = flags.DEFINE_enum("unit", "auto", ("auto", "tile", "slide", "patient"), "Who is protected.")
 _PLACEMENT = flags.DEFINE_enum(
     "placement", _PRIVACY.placement, get_args(Placement), "Where the noise enters."
@@ -41,7 +46,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", _FEDERATION.rounds, "Rounds that the bu
 _BATCH = flags.DEFINE_float(
     "expected_batch_size", _PRIVACY.expected_batch_size, "Units that a site draws in a step."
 )
-_TILE_SIZE = flags.DEFINE_integer("tile_size", _DEFAULT.data.tile_size, "Side of a tile, pixels.")
+_TILE_SIZE = flags.DEFINE_integer(
+    "tile_size", _DEFAULT.data.tile_size, "Side of a tile, pixels.", allow_override=True
+)
 _CAP = flags.DEFINE_integer(
     "max_tiles_per_patient", 0, "Enforced cap, for a conversion from tiles to patients; 0 = none."
 )

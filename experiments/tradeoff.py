@@ -23,8 +23,13 @@ from fedjax_dp.reporting.summary import epsilon_text
 from fedjax_dp.reporting.tradeoff import plot_tradeoff
 from fedjax_dp.results import finished
 
-_WORKDIRS = flags.DEFINE_string("workdirs", "", "Comma-separated folders or patterns; required.")
-_OUTPUT = flags.DEFINE_string("output", "", "Where to write, without an ending; required.")
+# Other experiments have flags of these names too; one process of tests imports several.
+_WORKDIRS = flags.DEFINE_string(
+    "workdirs", "", "Comma-separated folders or patterns; required.", allow_override=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "Where to write, without an ending; required.", allow_override=True
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
