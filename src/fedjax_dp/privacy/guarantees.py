@@ -126,7 +126,7 @@ def _distributed(m: MechanismSettings) -> tuple[Guarantee, ...]:
     fewer sites have larger shares, so K at the start is the worst.
 
     Fixed-point words: rounding a message to its grid and adding modulo 2^32 is done to each share,
-    not to the sum; on the Gaussian path that rounding (2^-20 of the noise and less) is outside the
+    not to the sum; on the Gaussian path that rounding (some 2^-17 of the noise and less) is outside the
     proof, as floating point is. On the discrete path all is integers: what is opened is the exact
     sum modulo 2^32, and the bound is Kairouz et al. 2021, through zCDP, amplified by Renyi DP.
     """
