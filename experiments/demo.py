@@ -91,9 +91,10 @@ def main(argv: list[str]) -> int:
     runs = configs()
     split_cpu(1)
     # jax starts here.
-    from fedjax_dp import assembly, training
+    from fedjax_dp import training
+    from fedjax_dp.assembly.federation import load_federation
 
-    federation = assembly.load_federation(runs[BASELINE], progress=True)
+    federation = load_federation(runs[BASELINE], progress=True)
     summaries = {}
     for number, (name, config) in enumerate(runs.items(), start=1):
         print(f"\n[{number}/{len(runs)}] {name}", flush=True)

@@ -17,7 +17,10 @@ from typing import Any, get_args
 import jax
 from absl import app, flags
 
-from fedjax_dp import assembly, planning
+from fedjax_dp import planning
+from fedjax_dp.assembly.federation import load_outline, with_clients
+from fedjax_dp.assembly.programs import make_model
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.config import Config
 from fedjax_dp.planning import SitePlan
 from fedjax_dp.privacy.settings import Placement
@@ -135,9 +138,9 @@ def plan(config: Config, *, tiles_per_second: float = 0.0, cache: str = "") -> s
     """
     if tiles_per_second < 0:
         raise ValueError(f"Expected tiles_per_second >= 0, got {tiles_per_second}.")
-    outline = assembly.with_clients(config, assembly.load_outline(config))
-    dimension = assembly.make_model(config, len(outline.class_names)).dimension
-    made = assembly.make_sites(config, outline, dimension=dimension, cache_dir=cache or None)
+    outline = with_clients(config, load_outline(config))
+    dimension = make_model(config, len(outline.class_names)).dimension
+    made = make_sites(config, outline, dimension=dimension, cache_dir=cache or None)
     speed = tiles_per_second or planning.estimated_tiles_per_second(
         config, len(outline.class_names)
     )

@@ -29,7 +29,8 @@ import jax
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event
 
-from fedjax_dp import assembly, results, training
+from fedjax_dp import results, training
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.privacy.ledger import ChargeLog
 from fedjax_dp.reporting.log import read_lines
 from tests import runs
@@ -238,7 +239,7 @@ def kill_again_and_again(folder, kills, seed, changes, cache):
 
 
 def epsilons(config):
-    sites = assembly.make_sites(config, runs.federation()).sites
+    sites = make_sites(config, runs.federation()).sites
     mechanisms = {site.name: site.mechanism for site in sites}
     found = {}
 

@@ -22,7 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from fedjax_dp import assembly, results, training
+from fedjax_dp import results, training
+from fedjax_dp.assembly.programs import compile_programs, make_device, make_model
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.config import (
     Config,
     DataConfig,
@@ -88,12 +90,11 @@ def run(config, folder, **kwargs):
 
 # --- compiling once for all tests: what is tested is the loop around the programs
 
-compile_programs = assembly.compile_programs
 _PROGRAMS = {}
 
 
 def remembered_programs(config, device, chunk, release):
-    """`assembly.compile_programs`, kept by all that the programs depend on."""
+    """`assembly.programs.compile_programs`, kept by all that the programs depend on."""
     settings = dataclasses.asdict(config.federation)
     if config.federation.server_schedule == "constant":
         del settings["rounds"]
@@ -139,7 +140,7 @@ def compiled(tmp_path_factory):
     for name, (here, _) in settings.items():
         jax.config.update(name, here)
     compilation_cache.reset_cache()
-    with mock.patch.object(assembly, "compile_programs", remembered_programs):
+    with mock.patch.object(training, "compile_programs", remembered_programs):
         yield folder
     for name, (_, elsewhere) in settings.items():
         jax.config.update(name, elsewhere)
@@ -157,9 +158,9 @@ def no_pictures():
 
 def device(config, seed=0):
     """The device side of a run before anything is compiled."""
-    model = assembly.make_model(config, len(federation().class_names))
-    sites = assembly.make_sites(config, federation(), dimension=model.dimension)
-    return assembly.make_device(config, federation(), model, sites, jax.random.key(seed))
+    model = make_model(config, len(federation().class_names))
+    sites = make_sites(config, federation(), dimension=model.dimension)
+    return make_device(config, federation(), model, sites, jax.random.key(seed))
 
 
 # --- what a run leaves
@@ -187,7 +188,7 @@ def limits(target_epsilon, **changes):
     """Rounds of each site within a budget, counted one by one."""
     config = tiny(**changes)
     found = {}
-    for site in assembly.make_sites(config, federation()).sites:
+    for site in make_sites(config, federation()).sites:
         rounds = 0
         while site.mechanism.epsilon(rounds + 1, config.privacy.target_delta) <= target_epsilon:
             rounds += 1
@@ -267,7 +268,7 @@ def moments(folder, reached):
 
         return wrapped
 
-    compiler = assembly.compile_programs
+    compiler = compile_programs
 
     def programs(*args):
         made = compiler(*args)
@@ -290,7 +291,7 @@ def moments(folder, reached):
         ),
         mock.patch.object(os, "rename", renamed(os.rename)),
         mock.patch.object(os, "replace", renamed(os.replace)),
-        mock.patch.object(assembly, "compile_programs", programs),
+        mock.patch.object(training, "compile_programs", programs),
     ):
         yield
 

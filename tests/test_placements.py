@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_dp import assembly, training
+from fedjax_dp import training
+from fedjax_dp.assembly.programs import compile_programs, examples, make_model, placed
+from fedjax_dp.assembly.sites import Sites, make_sites
 from fedjax_dp.config import by_site
 from fedjax_dp.federated.rounds import RoundMaker
 from fedjax_dp.privacy.ledger import ChargeLog
@@ -134,8 +136,8 @@ def test_a_run_finishes_and_states_what_it_spent(run_of, name):
 
 
 def made_sites(config):
-    dimension = assembly.make_model(config, len(federation().class_names)).dimension
-    return assembly.make_sites(config, federation(), dimension=dimension).sites
+    dimension = make_model(config, len(federation().class_names)).dimension
+    return make_sites(config, federation(), dimension=dimension).sites
 
 
 @pytest.mark.parametrize("name", marked(name for name in CASES if "adaptive" in name))
@@ -199,7 +201,7 @@ def test_nothing_is_compiled_after_the_first_round(name, monkeypatch, tmp_path):
             compiles.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    monkeypatch.setattr(assembly, "compile_programs", runs.compile_programs)
+    monkeypatch.setattr(training, "compile_programs", runs.compile_programs)
     jax.clear_caches()  # else what an earlier test compiled could be used here without a trace
 
     def reached(moment):
@@ -225,8 +227,8 @@ def endpoint(name, **changes):
     } | privacy(sampling_prob=0.5, l2_clip_norm=0.5, noise_multiplier=1e-6)  # fmt: skip
     config = tiny(**common | CLEAR[name] | changes)
     device, sites = runs.device(config), made_sites(config)
-    chunk, release = training._examples(device, assembly.Sites(sites, "", "", ()), 1)
-    programs = assembly.compile_programs(config, device, chunk, release)
+    chunk, release = examples(device, Sites(sites, "", "", ()), 1)
+    programs = compile_programs(config, device, chunk, release)
     recorder, state = DistinctDerivations(), device.state
     with mock.MagicMock(spec=ChargeLog) as log:
         log.would_exceed.return_value, log.charge.return_value = (), 0
@@ -239,7 +241,7 @@ def endpoint(name, **changes):
             acc, made = programs.begin(state), maker.make(index)
             for prepared in made.chunks:
                 acc, _, _ = programs.visit(acc, state, prepared.chunk, device.pool)
-            state = programs.finish(state, acc, training._placed(made.release(), device))
+            state = programs.finish(state, acc, placed(made.release(), device))
     return flat(state.params) - flat(device.state.params)
 
 
@@ -385,7 +387,7 @@ def test_each_budget_is_calibrated_and_kept(tmp_path):
     assert summary["rounds"] == ROUNDS
     assert 7.5 < spent[ALDER] <= 8.0
     assert 3.7 < spent[BIRCH] <= 4.0
-    sites = assembly.Sites(made_sites(tiny(**changes)), "", "", ())
+    sites = Sites(made_sites(tiny(**changes)), "", "", ())
     assert training._limits(tiny(**changes), sites) == {ALDER: ROUNDS, BIRCH: ROUNDS}
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_dp import assembly
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.interrupts import Stopped
 from fedjax_dp.privacy.statement import recompute_epsilon
 from fedjax_dp.reporting.log import read_lines
@@ -200,7 +200,7 @@ def test_a_lost_charge_log_is_noticed(whole, tmp_path):
 
 def test_a_replay_keeps_who_had_left(tmp_path):
     """Where every budget was charged up ahead, replaying is free: nobody leaves earlier for it."""
-    (alder,) = (s for s in assembly.make_sites(tiny(), federation()).sites if s.name == ALDER)
+    (alder,) = (s for s in make_sites(tiny(), federation()).sites if s.name == ALDER)
     target = alder.mechanism.epsilon(4, tiny().privacy.target_delta) * (1 + 1e-9)
     allowed = limits(target)
     assert allowed[ALDER] == 4

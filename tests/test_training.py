@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_dp import assembly, results
+from fedjax_dp import results, training
+from fedjax_dp.assembly.federation import POOLED
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.checkpoint import Checkpoints, load_params
 from fedjax_dp.config import Config
 from fedjax_dp.privacy.ledger import Ledger
@@ -143,7 +145,7 @@ def test_a_finished_run_is_not_run_again(plain, tmp_path, monkeypatch):
     config, summary, folder = plain
     folder = shutil.copytree(folder, tmp_path / "run")
     (folder / "secrets").write_bytes(b"left by a kill after the summary")
-    monkeypatch.setattr(assembly, "make_sites", None)  # whatever would be computed begins here
+    monkeypatch.setattr(training, "make_sites", None)  # whatever would be computed begins here
     before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
     assert run(config, folder) == summary
     assert before == {path: path.read_bytes() for path in folder.rglob("*.json*")}
@@ -171,7 +173,7 @@ def test_the_round_that_would_exceed_a_budget_is_never_run(tmp_path, capsys):
         assert line["epsilon"]["max"] <= target
     stated = read_json(tmp_path / "privacy.json")["clients"]
     assert {client: entry["rounds"] for client, entry in stated.items()} == allowed
-    for site in assembly.make_sites(config, federation()).sites:
+    for site in make_sites(config, federation()).sites:
         final = summary["privacy"]["epsilon"]["per_client"][site.name]
         assert final == site.mechanism.epsilon(allowed[site.name], delta) <= target
         assert site.mechanism.epsilon(allowed[site.name] + 1, delta) > target
@@ -199,7 +201,7 @@ def test_nothing_is_compiled_after_the_first_round(clients_per_block, monkeypatc
             compiles.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    monkeypatch.setattr(assembly, "compile_programs", runs.compile_programs)
+    monkeypatch.setattr(training, "compile_programs", runs.compile_programs)
     jax.clear_caches()  # else what an earlier test compiled could be used here without a trace
     changes = {"execution.clients_per_block": clients_per_block, "eval_every": 1}
 
@@ -339,8 +341,8 @@ def test_pooled_training_from_a_finished_run(plain, tmp_path):
     config = tiny(**changes)
     summary = run(config, tmp_path, experiment="centralized")
     assert summary["experiment"] == "centralized"
-    assert list(summary["privacy"]["epsilon"]["per_client"]) == [assembly.POOLED]
-    entry = read_json(tmp_path / "privacy.json")["clients"][assembly.POOLED]
+    assert list(summary["privacy"]["epsilon"]["per_client"]) == [POOLED]
+    entry = read_json(tmp_path / "privacy.json")["clients"][POOLED]
     assert entry["mechanism"]["num_units"] == 6 + 4
     assert set(summary["test"]["per_site"]) == {ALDER, BIRCH}  # measured site by site all the same
     first, last = (read_lines(f / "metrics.jsonl") for f in (tmp_path, plain[2]))
@@ -351,10 +353,10 @@ def test_pooled_training_from_a_finished_run(plain, tmp_path):
 
 def test_weights_are_units_or_uniform():
     for weights, expected in (("units", [6.0, 4.0]), ("uniform", [1.0, 1.0])):
-        made = assembly.make_sites(tiny(**{"federation.weights": weights}), federation())
+        made = make_sites(tiny(**{"federation.weights": weights}), federation())
         assert [site.weight for site in made.sites] == expected
     with pytest.raises(ValueError, match=r"federation.weights 'units', .*, got 'tiles'"):
-        assembly.make_sites(tiny(**{"federation.weights": "tiles"}), federation())
+        make_sites(tiny(**{"federation.weights": "tiles"}), federation())
 
 
 # --- numbers that are none

@@ -1,6 +1,6 @@
 """What a run would promise and cost, from the outline of its data: nothing is trained or compiled.
 
-The mechanisms are made by `assembly.make_sites`, as those of a run are, so plan and run agree.
+The mechanisms are made by `assembly.sites.make_sites`, as those of a run are: the two agree.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_dp.assembly import Sites, client_kind
+from fedjax_dp.assembly.federation import client_kind
+from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.config import Config, by_site
 from fedjax_dp.data import units
 from fedjax_dp.data.federation import Federation
@@ -67,8 +68,8 @@ def site_plans(
 
     Args:
         config: the run's.
-        federation: of `assembly.load_outline`, or with pixels, which are not looked at.
-        made: of `assembly.make_sites` for it.
+        federation: of `assembly.federation.load_outline`, or with pixels, which are not looked at.
+        made: of `assembly.sites.make_sites` for it.
         tiles_per_second: trained, by the machine that simulates all clients; > 0.
     """
     if not tiles_per_second > 0:

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_dp.assembly import Sites, client_kind, make_model
+from fedjax_dp.assembly.federation import client_kind
+from fedjax_dp.assembly.programs import make_model
+from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.checkpoint import Position, load_params
 from fedjax_dp.config import Config
 from fedjax_dp.data.federation import Federation

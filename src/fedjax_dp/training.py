@@ -13,8 +13,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fedjax_dp import assembly, results, workdir
-from fedjax_dp.assembly import Device, Programs, Sites
+from fedjax_dp import results, workdir
+from fedjax_dp.assembly.federation import load_federation, with_clients
+from fedjax_dp.assembly.programs import (
+    Device,
+    Programs,
+    compile_programs,
+    examples,
+    make_device,
+    make_model,
+    placed,
+)
+from fedjax_dp.assembly.sites import Sites, make_sites
 from fedjax_dp.checkpoint import Checkpoints, Position
 from fedjax_dp.config import Config, by_site, check, config_hash
 from fedjax_dp.data.federation import Federation, fingerprint, site_sources
@@ -22,7 +32,7 @@ from fedjax_dp.data.sources import holdings
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
-from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead, client_constants
+from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead
 from fedjax_dp.interrupts import Stopped, noted_signals
 from fedjax_dp.privacy.clipping import UnitSums
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
@@ -32,7 +42,7 @@ from fedjax_dp.registration import register_run
 from fedjax_dp.reporting.log import MetricsLog, unwrap_nonprivate
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.segmentation.metrics import summarise
-from fedjax_dp.typing import ClientKeys, ClientPlan, NonPrivate, ServerRelease
+from fedjax_dp.typing import NonPrivate
 
 
 class Run(NamedTuple):
@@ -88,9 +98,9 @@ def run(
     if config.execution.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
     if federation is None:
-        federation = assembly.load_federation(config, progress=progress)
-    by_site, sources = federation.train, site_sources(federation)
-    federation = assembly.with_clients(config, federation)
+        federation = load_federation(config, progress=progress)
+    by_owner, sources = federation.train, site_sources(federation)
+    federation = with_clients(config, federation)
     data_fingerprint = fingerprint(federation)
     workdir.check(folder, experiment, config, data_fingerprint)
     secrets_path = folder / "secrets"
@@ -99,9 +109,9 @@ def run(
         if secrets_path.exists():
             secrets_path.unlink()
         return finished
-    model = assembly.make_model(config, len(federation.class_names))
+    model = make_model(config, len(federation.class_names))
     with busy("Calibrating noise and capacity", show=progress):
-        sites = assembly.make_sites(
+        sites = make_sites(
             config,
             federation,
             dimension=model.dimension,
@@ -109,13 +119,11 @@ def run(
         )
     for line in results.describe(config, federation, sites):
         say(line)
-    device = assembly.make_device(
-        config, federation, model, sites, jax.random.key(max(config.seed, 0))
-    )
+    device = make_device(config, federation, model, sites, jax.random.key(max(config.seed, 0)))
     per_chunk = device.mesh.size * config.execution.clients_per_block
     with busy("Compiling", show=progress):
-        chunk, release = _examples(device, sites, per_chunk)
-        programs = assembly.compile_programs(config, device, chunk, release)
+        chunk, release = examples(device, sites, per_chunk)
+        programs = compile_programs(config, device, chunk, release)
     say(f"Compiled in {programs.compile_seconds:.1f} s.")
     workdir.claim(folder, experiment, config, data_fingerprint)
     with contextlib.ExitStack() as stack:
@@ -136,7 +144,7 @@ def run(
             experiment=experiment,
             seed=config.seed,
             tile_size=config.data.tile_size,
-            holdings=holdings(by_site, federation.train, sources),
+            holdings=holdings(by_owner, federation.train, sources),
             mechanisms={site.name: site.mechanism for site in sites.sites},
             charged=charges.counts(),
             rounds_left=config.federation.rounds - position.round,
@@ -282,7 +290,7 @@ def _one_round(
                     "finite. Lower the learning rates; the last checkpoint is whole."
                 )
     try:
-        release = _placed(made.release(), this.device)
+        release = placed(made.release(), this.device)
     except AbortedRoundError as aborted:
         this.say(f"Round {made.round_index + 1} opened nothing: {aborted}")
         return state, _Work(infos, tiles, device_seconds)
@@ -409,43 +417,3 @@ def _limits(config: Config, sites: Sites) -> dict[str, int]:
         for site in sites.sites
         if targets[site.name]
     }
-
-
-def _examples(
-    device: Device, sites: Sites, clients_per_chunk: int
-) -> tuple[cohort.CohortChunk, ServerRelease]:
-    """A chunk and a release of the shapes every one has, holding nobody's randomness."""
-    mechanism = sites.sites[0].mechanism
-    slots = max(site.num_slots for site in sites.sites)
-    steps, tiles = mechanism.local_steps, mechanism.tiles_per_unit
-    keys, release = ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)), ServerRelease()
-    if mechanism.placement == "distributed":
-        words = np.zeros(device.num_words, np.uint32)
-        keys, release = keys._replace(mask=words), release._replace(unmask=words)
-    if mechanism.noise == "discrete_gaussian":
-        keys = keys._replace(integer_noise=np.zeros(device.num_words, np.int32))
-    if mechanism.placement == "central":
-        release = release._replace(noise_key=np.zeros(2, np.uint32))
-    client = cohort.CohortChunk(
-        keys=keys,
-        client_state=(),
-        constants=client_constants(mechanism, 1.0),
-        plan=ClientPlan(
-            np.zeros((steps, slots, tiles), np.int32),
-            np.zeros(steps, np.int32),
-            np.zeros((steps, slots), np.int32),
-        ),
-    )
-    chunk = cohort.stack_chunk([client] * clients_per_chunk)
-    return (
-        jax.device_put(chunk, cohort.by_client(device.mesh)),
-        _placed(release, device),
-    )
-
-
-def _placed(release: ServerRelease, device: Device) -> ServerRelease:
-    """The release on the devices, its key typed."""
-    if len(release.noise_key):
-        key = jax.random.wrap_key_data(release.noise_key, impl="threefry2x32")
-        release = release._replace(noise_key=key)
-    return jax.device_put(release, cohort.replicated(device.mesh))

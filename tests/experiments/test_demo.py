@@ -9,7 +9,8 @@ from PIL import Image
 
 from experiments import demo
 from experiments.launcher import EXIT_STOPPED
-from fedjax_dp import assembly, training
+from fedjax_dp import training
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.data.federation import Federation
 from fedjax_dp.data.tiles import TileTable
 from fedjax_dp.interrupts import Stopped
@@ -57,7 +58,7 @@ def test_the_three_runs_see_the_same_tiles_and_as_many_rounds():
 def test_what_the_demo_claims_of_privacy(name, tmp_path):
     config = demo.configs()[name]
     federation = shapes_only(config.data.patients_per_site, config.data.tiles_per_patient)
-    made = assembly.make_sites(config, federation, cache_dir=str(tmp_path))
+    made = make_sites(config, federation, cache_dir=str(tmp_path))
     assert made.unit == name.removeprefix("feddp-")
     assert made.warnings == ()
     delta = config.privacy.target_delta
@@ -84,7 +85,8 @@ def small(monkeypatch, tmp_path):
         privacy.tiles_per_unit = 1
         privacy.expected_batch_size = 0.3 if privacy.unit == "tile" else 0.5
     monkeypatch.setattr(demo, "configs", lambda: made)
-    monkeypatch.setattr(assembly, "load_federation", lambda *_, **__: runs.federation())
+    loader = "fedjax_dp.assembly.federation.load_federation"
+    monkeypatch.setattr(loader, lambda *_, **__: runs.federation())
     flags.FLAGS(["demo", f"--workdir={tmp_path / 'demo'}"])
     return tmp_path / "demo"
 
@@ -113,7 +115,7 @@ def test_the_whole_demo(small, compiled, no_pictures, capsys, monkeypatch):  # n
     assert pixels[..., :3].std() > 20
 
     # A second call trains nothing, and compares again.
-    monkeypatch.setattr(assembly, "compile_programs", None)
+    monkeypatch.setattr(training, "compile_programs", None)
     compared = []
     monkeypatch.setattr(demo, "compare", lambda *arguments: compared.append(arguments) or "")
     assert demo.main(["demo"]) == 0

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import launcher
-from fedjax_dp import assembly, training
+from fedjax_dp import training
 from fedjax_dp.config import Config
 from fedjax_dp.interrupts import Stopped
 from tests import runs
@@ -93,7 +93,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_1(
     changes, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(assembly, "synthetic_federation", lambda **_: federation())
+    drawn = "fedjax_dp.assembly.federation.synthetic_federation"
+    monkeypatch.setattr(drawn, lambda **_: federation())
     code = launcher.run_and_report(tiny(**changes), str(tmp_path / "run"), "feddp")
     captured = capsys.readouterr()
     assert code == 1

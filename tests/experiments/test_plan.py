@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from experiments.plan import WIDTH, make_config, plan
-from fedjax_dp import assembly, planning
+from fedjax_dp import planning
+from fedjax_dp.assembly.federation import load_federation, load_outline
+from fedjax_dp.assembly.sites import make_sites
 from fedjax_dp.privacy.statement import decode
 from tests.runs import ROOT
 
@@ -72,11 +74,11 @@ def rows(text):
 def test_the_plan_is_what_a_run_does(manifest, changes):
     settings = config(manifest, **changes)
     printed = rows(plan(settings))
-    federation = assembly.load_federation(settings)  # with pixels, as a run reads them
-    made = assembly.make_sites(settings, federation)
+    federation = load_federation(settings)  # with pixels, as a run reads them
+    made = make_sites(settings, federation)
     assert list(printed) == [site.name for site in made.sites]
-    outline = assembly.load_outline(settings)
-    planned = planning.site_plans(settings, outline, assembly.make_sites(settings, outline), 10.0)
+    outline = load_outline(settings)
+    planned = planning.site_plans(settings, outline, make_sites(settings, outline), 10.0)
     for site, of_site in zip(made.sites, planned, strict=True):
         m, row = site.mechanism, printed[site.name]
         assert (of_site.num_units, of_site.sampling_prob) == (m.num_units, m.sampling_prob)
@@ -141,29 +143,29 @@ def test_unknown_patients_are_named(manifest):
 
 def test_noise_to_signal():
     """At two sites of q n = 3 and 5 units a step: what the mean of each placement holds."""
-    federation = assembly.load_outline(config())
+    federation = load_outline(config())
     for placement, expected in (
         ("dp_sgd", lambda z, m: z / m.expected_batch_size),
         ("distributed", lambda z, m: z / (5 * 4.0)),
         ("update", lambda z, m: z),
         ("central", lambda z, m: z / 5),
     ):
-        made = assembly.make_sites(config(placement=placement), federation)
+        made = make_sites(config(placement=placement), federation)
         for site in made.sites:
             m = site.mechanism
             got = planning.noise_to_signal(site, made.sites)
             assert got == pytest.approx(expected(m.noise_multiplier, m))
-    made = assembly.make_sites(config(placement="update_unclipped"), federation)
+    made = make_sites(config(placement="update_unclipped"), federation)
     assert planning.noise_to_signal(made.sites[0], made.sites) is None
 
 
 def test_time_follows_the_tiles_that_are_drawn():
     settings = config()
-    made = assembly.make_sites(settings, assembly.load_outline(settings))
+    made = make_sites(settings, load_outline(settings))
     # 4 of 200 patients a step, 4 tiles of each
     assert planning.tiles_per_round(settings, made.sites[0], 5) == pytest.approx(16.0)
     settings.federation.local_steps, settings.objective.multiplicity = 3, 2
-    made = assembly.make_sites(settings, assembly.load_outline(settings))
+    made = make_sites(settings, load_outline(settings))
     assert planning.tiles_per_round(settings, made.sites[0], 5) == pytest.approx(96.0)
     settings.federation.cohort, settings.federation.cohort_size = "fixed", 2
     assert planning.tiles_per_round(settings, made.sites[0], 5) == pytest.approx(0.4 * 96.0)

@@ -1,0 +1,285 @@
+"""From a configuration and its clients to compiled programs and what lies on the devices."""
+
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_dp.assembly.sites import Sites
+from fedjax_dp.checkpoint import load_params
+from fedjax_dp.config import Config
+from fedjax_dp.data.federation import Federation
+from fedjax_dp.evaluation import Evaluator
+from fedjax_dp.federated import cohort
+from fedjax_dp.federated.aggregators import noised_sum, secure_sum
+from fedjax_dp.federated.algorithms.base import FederatedAlgorithm, ServerState
+from fedjax_dp.federated.algorithms.fed_avg import fed_avg
+from fedjax_dp.federated.algorithms.opened_sum import opened_sum
+from fedjax_dp.federated.client import client_update
+from fedjax_dp.federated.rounds import client_constants
+from fedjax_dp.federated.share import masked_share
+from fedjax_dp.models.layers import default_conv_variant
+from fedjax_dp.models.unet import unet
+from fedjax_dp.optimizers import make_optimizer
+from fedjax_dp.privacy.adaptive_clipping import adaptive_clipping
+from fedjax_dp.privacy.fixed_point import fixed_point
+from fedjax_dp.privacy.mechanism import Mechanism
+from fedjax_dp.privacy.noise import NOISE_REACH
+from fedjax_dp.segmentation.objective import segmentation_loss
+from fedjax_dp.typing import ApplyFn, ClientKeys, ClientPlan, ServerRelease, TilePool
+
+
+class Model(NamedTuple):
+    """The network of a run.
+
+    Attributes:
+        init: `init(key) -> params`.
+        apply: see `typing.ApplyFn`.
+        dimension: number of parameters.
+        conv_variant: resolved.
+    """
+
+    init: Callable[[Any], Any]
+    apply: ApplyFn
+    dimension: int
+    conv_variant: str
+
+
+def make_model(config: Config, num_classes: int) -> Model:
+    """The network that `config.model` describes."""
+    variant = config.execution.conv_variant
+    if variant == "auto":
+        variant = default_conv_variant(jax.default_backend())
+    model = config.model
+    init, apply = unet(
+        num_classes,
+        base_channels=model.base_channels,
+        depth=model.depth,
+        num_groups=model.num_groups,
+        standardize=model.standardize,
+        conv_variant=variant,  # type: ignore[arg-type]
+    )
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(init, apply, sum(leaf.size for leaf in jax.tree.leaves(shapes)), variant)
+
+
+class Device(NamedTuple):
+    """The device side of a run before anything is compiled.
+
+    Attributes:
+        mesh: devices of the `clients` axis.
+        plan: the resolved execution plan, for the environment's hash and for people.
+        algorithm: the federated algorithm.
+        apply: the model.
+        state: the initial state, on the devices.
+        pool: the training tiles, on the devices.
+        num_words: length of a message under secure aggregation.
+    """
+
+    mesh: Mesh
+    plan: dict[str, Any]
+    algorithm: FederatedAlgorithm
+    apply: ApplyFn
+    state: ServerState
+    pool: TilePool
+    num_words: int
+
+
+def make_device(
+    config: Config, federation: Federation, model: Model, sites: Sites, init_key: Any
+) -> Device:
+    """Algorithm, initial state and tile pool, placed on the devices.
+
+    Args:
+        config: the run's.
+        federation: its training tiles become the pool.
+        model: from `make_model`.
+        sites: from `make_sites`.
+        init_key: typed key of the initial parameters.
+    """
+    execution = config.execution
+    mesh = cohort.client_mesh(execution.devices)
+    # A loop over single units is fastest on CPU; a GPU wants many at once.
+    on_cpu = jax.default_backend() == "cpu"
+    microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
+    params = model.init(init_key)
+    if config.model.init_from:
+        params = load_params(pathlib.Path(config.model.init_from) / "checkpoints", params)
+    algorithm = _algorithm(config, model, sites, params, mesh, microbatch_size)
+    everywhere = cohort.replicated(mesh)
+    table = federation.train
+    return Device(
+        mesh=mesh,
+        plan={
+            "clients_per_block": execution.clients_per_block,
+            "microbatch_size": microbatch_size,
+            "devices": mesh.size,
+            "conv_variant": model.conv_variant,
+        },
+        algorithm=algorithm,
+        apply=model.apply,
+        state=jax.device_put(algorithm.init(params), everywhere),
+        pool=jax.device_put(TilePool(table.images, table.labels), everywhere),
+        num_words=model.dimension + config.privacy.adaptive_clip,
+    )
+
+
+def _algorithm(
+    config: Config, model: Model, sites: Sites, params: Any, mesh: Mesh, microbatch_size: int
+) -> FederatedAlgorithm:
+    settings, privacy = config.federation, config.privacy
+    loss_fn = segmentation_loss(model.apply, **vars(config.objective))
+    if settings.server_schedule not in ("constant", "cosine"):
+        raise ValueError(
+            "Expected federation.server_schedule 'constant' or 'cosine', got "
+            f"{settings.server_schedule!r}."
+        )
+    server_optimizer = make_optimizer(
+        settings.server_optimizer,
+        settings.server_learning_rate,
+        settings.server_momentum,
+        decay_steps=settings.rounds if settings.server_schedule == "cosine" else 0,
+    )
+    adaptive = None
+    if privacy.adaptive_clip:
+        adaptive = adaptive_clipping(privacy.clip_quantile, privacy.clip_learning_rate)
+    common: dict[str, Any] = {
+        "ema_decay": settings.ema_decay,
+        "clients_per_block": config.execution.clients_per_block,
+        "mesh": mesh,
+        "adaptive": adaptive,
+        "num_sites": len(sites.sites),
+    }
+    if privacy.placement == "distributed":
+        encoding = _encoding([site.mechanism for site in sites.sites])
+        share = masked_share(
+            loss_fn, microbatch_size=microbatch_size, is_adaptive=adaptive is not None, **encoding
+        )
+        opened = secure_sum(params, encoding["step"], has_count=adaptive is not None)
+        return opened_sum(share, server_optimizer, opened, **common)
+    update = client_update(
+        loss_fn,
+        make_optimizer(
+            settings.client_optimizer, settings.client_learning_rate, settings.client_momentum
+        ),
+        placement=privacy.placement,  # type: ignore[arg-type]
+        microbatch_size=microbatch_size,
+        is_adaptive=adaptive is not None,
+    )
+    if privacy.placement == "central":
+        return opened_sum(update, server_optimizer, noised_sum(), **common)
+    return fed_avg(update, server_optimizer, **common)
+
+
+def _encoding(mechanisms: Sequence[Mechanism]) -> dict[str, Any]:
+    """How messages become words, from public numbers, with room for all of them in a word.
+
+    Under "add_or_remove" a site may draw more units than are declared; a sum that leaves its word
+    then comes back modulo 2**32, which guards what is guarded and spoils that coordinate.
+    """
+    first = mechanisms[0]
+    if first.noise == "discrete_gaussian":
+        return {"step": 1.0 / first.levels, "levels": first.levels}
+    # A share is largest when the fewest clients are left to share.
+    share = first.share_stddev(first.min_sharing) / first.l2_clip_norm
+    reach = max(m.capacity for m in mechanisms) + NOISE_REACH * share
+    count = max(m.count_share_stddev(first.min_sharing) for m in mechanisms)
+    max_abs = max(reach, max(m.capacity for m in mechanisms) / 2 + NOISE_REACH * count)
+    return {"step": fixed_point(max_abs, len(mechanisms)).step}
+
+
+class Programs(NamedTuple):
+    """What runs on the devices: every function compiled, once, before the first round.
+
+    Attributes:
+        begin: see `FederatedAlgorithm`.
+        visit: see `FederatedAlgorithm`.
+        finish: see `FederatedAlgorithm`.
+        evaluator: counts pixels.
+        compile_seconds: of all of them.
+    """
+
+    begin: Callable[..., Any]
+    visit: Callable[..., Any]
+    finish: Callable[..., Any]
+    evaluator: Evaluator
+    compile_seconds: float
+
+
+def compile_programs(
+    config: Config, device: Device, chunk: cohort.CohortChunk, release: ServerRelease
+) -> Programs:
+    """Compiles every program for the shapes of `chunk`, ahead of the first round.
+
+    Args:
+        config: the run's.
+        device: from `make_device`.
+        chunk: a chunk of the shapes and sharding that every call will have.
+        release: a release of the shapes that every call will have.
+    """
+    start = time.perf_counter()
+    algorithm, state = device.algorithm, device.state
+    everywhere, by_client = cohort.replicated(device.mesh), cohort.by_client(device.mesh)
+    begin = jax.jit(algorithm.begin, out_shardings=everywhere).lower(state).compile()
+    acc = begin(state)
+    visit = (
+        jax.jit(algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, by_client))
+        .lower(acc, state, chunk, device.pool)
+        .compile()
+    )
+    # The state is not donated: a run that is stopped between call and assignment still has it.
+    finish = (
+        jax.jit(algorithm.finish, out_shardings=everywhere).lower(state, acc, release).compile()
+    )
+    evaluator = Evaluator(
+        device.apply,
+        state.params,
+        tile_size=config.data.tile_size,
+        batch_size=config.execution.eval_batch_size,
+        mesh=device.mesh,
+    )
+    return Programs(begin, visit, finish, evaluator, time.perf_counter() - start)
+
+
+def examples(
+    device: Device, sites: Sites, clients_per_chunk: int
+) -> tuple[cohort.CohortChunk, ServerRelease]:
+    """A chunk and a release of the shapes every one has, holding nobody's randomness."""
+    mechanism = sites.sites[0].mechanism
+    slots = max(site.num_slots for site in sites.sites)
+    steps, tiles = mechanism.local_steps, mechanism.tiles_per_unit
+    keys, release = ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)), ServerRelease()
+    if mechanism.placement == "distributed":
+        words = np.zeros(device.num_words, np.uint32)
+        keys, release = keys._replace(mask=words), release._replace(unmask=words)
+    if mechanism.noise == "discrete_gaussian":
+        keys = keys._replace(integer_noise=np.zeros(device.num_words, np.int32))
+    if mechanism.placement == "central":
+        release = release._replace(noise_key=np.zeros(2, np.uint32))
+    client = cohort.CohortChunk(
+        keys=keys,
+        client_state=(),
+        constants=client_constants(mechanism, 1.0),
+        plan=ClientPlan(
+            np.zeros((steps, slots, tiles), np.int32),
+            np.zeros(steps, np.int32),
+            np.zeros((steps, slots), np.int32),
+        ),
+    )
+    chunk = cohort.stack_chunk([client] * clients_per_chunk)
+    return (
+        jax.device_put(chunk, cohort.by_client(device.mesh)),
+        placed(release, device),
+    )
+
+
+def placed(release: ServerRelease, device: Device) -> ServerRelease:
+    """The release on the devices, its key typed."""
+    if len(release.noise_key):
+        key = jax.random.wrap_key_data(release.noise_key, impl="threefry2x32")
+        release = release._replace(noise_key=key)
+    return jax.device_put(release, cohort.replicated(device.mesh))
