@@ -4,7 +4,7 @@ import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedjax_dp.privacy import accounting
+from fedjax_dp.privacy import accounting, pld
 from fedjax_dp.privacy.events import NEIGHBOURS, MixtureDpEvent
 from tests.privacy.dp_events import DELTA, EVENTS, gaussian, group, poisson, truncated
 
@@ -25,6 +25,70 @@ def test_the_default_grid_is_looser_and_by_little():
     event = poisson(0.01, 1.0)
     coarse, fine = (accounting.epsilon(event, 1000, DELTA, grid=g) for g in (1e-3, 1e-4))
     assert fine < coarse < 1.0005 * fine
+
+
+@pytest.mark.parametrize(
+    ("event", "steps"),
+    [
+        (truncated(20_000, 0.003, 90, 3.7), 1292),
+        (truncated(300, 0.05, 40, 0.8), 200),
+        (truncated(300, 0.05, 17, 20.0), 200),
+        (poisson(0.003, 3.7), 1292),
+        (poisson(1e-3, 1.0), 1000),
+        (poisson(0.5, 0.3), 10),
+        (poisson(0.01, 100.0), 50),
+        (MixtureDpEvent((poisson(0.02, 2.0), gaussian(2.0)), (0.99, 0.01)), 50),
+        (group(2, 0.02, 6.0), 100),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else str(value),
+)
+def test_the_grid_follows_the_event(event, steps):
+    """A finer one, of four times as many cells, would gain a thousandth of epsilon at most."""
+    is_group = isinstance(event, dp_event.MixtureOfGaussiansDpEvent)  # not known for replacement
+    for relation in ("zero_out",) if is_group else ("zero_out", "replace_one"):
+        suited, finer = (
+            accounting.epsilon(event, steps, DELTA, relation, grid=grid)
+            for grid in (None, accounting.grid_for(event, relation) / 4)
+        )
+        assert finer * (1 - 1e-9) <= suited <= finer * (1 + 1e-3)
+
+
+def test_the_grid_is_a_function_of_the_event_alone():
+    """Not of how often it is repeated, so that rounds are one base composed, and figures repeat."""
+    event = truncated(20_000, 0.003, 90, 3.7)
+    grid = accounting.grid_for(event)
+    assert grid < 1e-4
+    assert accounting.grid_for(dp_event.SelfComposedDpEvent(event, 77)) == grid
+    for steps in (1, 77):
+        given = accounting.epsilon(event, steps, DELTA, grid=grid)
+        assert accounting.epsilon(event, steps, DELTA) == given
+    nothing = dp_event.NoOpDpEvent()
+    assert accounting.grid_for(nothing) == 0.0
+    assert accounting.epsilon(MixtureDpEvent((nothing,), (1.0,)), 3, DELTA) == 0.0
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        truncated(5_000_000, 1e-5, 100, 0.6),
+        truncated(800_000, 1e-4, 150, 1.0),
+        poisson(1e-6, 0.5),
+        poisson(0.9, 0.02),
+        MixtureDpEvent((poisson(1e-4, 1.0), gaussian(1.0)), (1 - 1e-9, 1e-9)),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_no_event_gets_more_cells_than_can_be_composed_between_rounds(event):
+    """Tightness has a limit where a step's losses span too much."""
+    grid = accounting.grid_for(event)
+    pmf = pld._base_pld(event, "zero_out", grid)._pmf_remove.to_dense_pmf()
+    assert pmf.size < 1.2 * 2**15
+
+
+def test_a_given_grid_is_limited_too():
+    event = poisson(0.5, 0.1)
+    pmf = pld.composed(((event, 1),), "zero_out", 1e-6)._pmf_remove.to_dense_pmf()
+    assert pmf.size < 1.2 * 400_000
 
 
 def test_golden_of_the_gaussian_is_exact():
@@ -69,7 +133,7 @@ def test_steps_inside_an_event_are_rounds_outside(event):
 @pytest.mark.parametrize("event", EVENTS[1:3], ids=lambda event: type(event).__name__)
 def test_one_shot_is_incremental(event):
     """The cached base composed t times is what an accountant fed round by round says."""
-    one_by_one = PLDAccountant(NEIGHBOURS["zero_out"], accounting.DEFAULT_GRID)
+    one_by_one = PLDAccountant(NEIGHBOURS["zero_out"], accounting.grid_for(event))
     for rounds in range(1, 6):
         one_by_one.compose(event)
         ours = accounting.epsilon(event, rounds, DELTA)

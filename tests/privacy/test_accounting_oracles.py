@@ -7,8 +7,8 @@ Two errors are to be told apart from a fault. The oracle's: it proves a lower an
 `prv_eps_error` of epsilon (and a thousandth of delta) to either side. Ours: losses are rounded to a
 grid, upwards only. A loss between two grid points u < loss < v is split between them, which keeps
 its probability under both neighbours and adds (loss - u) (v - loss) to its variance, and half of
-that to its mean: as if mu^2 of Gaussian DP grew by this. `cost_of_grid` computes what follows; it
-is 0.1 % or less as long as a step's loss spans several cells, and more where it does not.
+that to its mean: as if mu^2 of Gaussian DP grew by this. `cost_of_grid` computes what follows. The
+grid is chosen so that it stays below `LOOSENESS`; on one of 1e-3 it would be up to 13 %.
 """
 
 import json
@@ -27,21 +27,29 @@ FIGURES = json.loads(Path(__file__).with_name("oracle_epsilons.json").read_text(
 SAMPLED = [
     (relation, case) for relation in ("zero_out", "replace_one") for case in FIGURES[relation]
 ]
-GRID = accounting.DEFAULT_GRID
+LOOSENESS = 1e-3
+"""What rounding to the grid may add to epsilon."""
+FIXED_GRID = 1e-3
+"""The cell that jax-privacy was told to take."""
 ESTIMATE_ERROR = FIGURES["prv_eps_error"] / 1000
 """The oracle's estimate lies in the middle of its bounds and is far better than they prove: the
 closed forms say how good (`test_the_oracles_agree_with_each_other`)."""
 
 
-def epsilon(relation, case, *, noise=1.0, prob=1.0, grid=GRID):
-    """Ours; `noise` and `prob` falsify the case for negative controls."""
-    event = poisson(min(1.0, prob * case["sampling_prob"]), noise * case["noise_multiplier"])
+def event_of(case, *, noise=1.0, prob=1.0):
+    """The event of a case; `noise` and `prob` falsify it for negative controls."""
+    return poisson(min(1.0, prob * case["sampling_prob"]), noise * case["noise_multiplier"])
+
+
+def epsilon(relation, case, *, grid=None, **falsified):
+    event = event_of(case, **falsified)
     return accounting.epsilon(event, case["steps"], case["delta"], relation, grid=grid)
 
 
-def cost_of_grid(relation, case, grid=GRID):
+def cost_of_grid(relation, case, grid=None):
     """How much of epsilon the rounding to `grid` adds, to leading order."""
     q, z, delta = case["sampling_prob"], case["noise_multiplier"], case["delta"]
+    grid = grid or accounting.grid_for(event_of(case), relation)
     noise = np.linspace(-12, 12, 20_001)
     weight = stats.norm.pdf(noise) / stats.norm.pdf(noise).sum()
     variance = 0.0
@@ -64,16 +72,10 @@ def cost_of_grid(relation, case, grid=GRID):
     return (rounded + grid**2 * slope / 8) / exact - 1
 
 
-def grid_of_a_percent(relation, case):
-    """A tenth of the default grid costs about a hundredth, where a step's loss spans few cells."""
-    return GRID if cost_of_grid(relation, case) < 5e-3 else GRID / 10
-
-
-def is_within_a_percent(relation, case, **falsified):
-    """Not below the proven lower bound, and at most 1 % above the proven upper bound."""
-    found = epsilon(relation, case, grid=grid_of_a_percent(relation, case), **falsified)
+def is_within_a_permille(relation, case, **falsified):
+    """Not below the proven lower bound, and at most 0.1 % above the proven upper bound."""
     bounds = case["prv_accountant"]
-    return bounds["lower"] <= found <= 1.01 * bounds["upper"]
+    return bounds["lower"] <= epsilon(relation, case, **falsified) <= 1.001 * bounds["upper"]
 
 
 def test_the_oracles_agree_with_each_other():
@@ -92,33 +94,46 @@ def test_the_oracles_agree_with_each_other():
 def test_epsilon_is_never_below_the_oracle_and_above_it_by_the_grid_alone(relation, case):
     found, bounds = epsilon(relation, case), case["prv_accountant"]
     cost = cost_of_grid(relation, case)
+    assert cost <= LOOSENESS
     assert bounds["lower"] <= found <= (1 + cost) * bounds["upper"]
     # The same to the precision of the oracle's estimate rather than to what it proves.
     relative = found / bounds["estimate"] - 1
     assert -ESTIMATE_ERROR <= relative <= cost + ESTIMATE_ERROR
 
 
-@pytest.mark.slow
-def test_on_a_grid_that_suits_the_event_epsilon_is_within_a_percent():
-    assert [case for case in SAMPLED if not is_within_a_percent(*case)] == []
+def test_a_grid_that_does_not_follow_the_event_may_cost_much():
+    """Negative control of `LOOSENESS`, and of `cost_of_grid` up to where it is but a first term."""
+    costs = {}
+    for relation, case in SAMPLED:
+        if case["sampling_prob"] < 1:
+            costs[cost_of_grid(relation, case, FIXED_GRID)] = (
+                epsilon(relation, case, grid=FIXED_GRID) / case["prv_accountant"]["estimate"] - 1
+            )
+    assert 0.12 < max(costs.values()) < 0.14
+    assert sum(cost > LOOSENESS for cost in costs) >= 15
+    for cost, found in costs.items():
+        assert found <= cost + ESTIMATE_ERROR
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("falsified", [{"noise": 1.02}, {"noise": 0.98}, {"prob": 0.95}])
+def test_epsilon_is_within_a_permille():
+    assert [case for case in SAMPLED if not is_within_a_permille(*case)] == []
+
+
+@pytest.mark.parametrize("falsified", [{"noise": 1.01}, {"noise": 0.99}, {"prob": 0.98}])
 def test_events_that_are_a_little_wrong_are_noticed(falsified):
-    """Negative control: 2 % of the noise, or 5 % of q where there is a q."""
-    chosen = [case for case in SAMPLED if case[1]["sampling_prob"] < 1][::3]
-    assert [case for case in chosen if is_within_a_percent(*case, **falsified)] == []
+    """Negative control: 1 % of the noise, or 2 % of q where there is a q."""
+    chosen = [case for case in SAMPLED if case[1]["sampling_prob"] < 1]
+    assert [case for case in chosen if is_within_a_permille(*case, **falsified)] == []
 
 
 def test_jax_privacy_reads_the_parameters_as_we_do():
     """It composes by dp-accounting too: this checks q, steps, delta and relation, nothing else."""
     for case in FIGURES["zero_out"]:
-        found, theirs = epsilon("zero_out", case), case["jax_privacy"]
+        found, theirs = epsilon("zero_out", case, grid=FIXED_GRID), case["jax_privacy"]
         if case["sampling_prob"] < 1:
             assert found == pytest.approx(theirs, rel=1e-6)
         else:  # ours is exact, theirs is on the grid
-            assert -1e-6 <= theirs / found - 1 <= 1e-6 + cost_of_grid("zero_out", case)
+            assert -1e-6 <= theirs / found - 1 <= 1e-6 + cost_of_grid("zero_out", case, FIXED_GRID)
 
 
 @pytest.mark.parametrize("case", FIGURES["truncated"])
@@ -127,8 +142,12 @@ def test_jax_privacy_reads_the_capacity_as_we_do(case):
         case["num_samples"], case["sampling_prob"], case["capacity"], case["noise_multiplier"]
     )
     for relation in ("zero_out", "add_or_remove"):
-        found = accounting.epsilon(event, case["steps"], case["delta"], relation)
-        assert found == pytest.approx(case["jax_privacy"], rel=1e-6)
+        steps, delta, theirs = case["steps"], case["delta"], case["jax_privacy"]
+        found = accounting.epsilon(event, steps, delta, relation, grid=FIXED_GRID)
+        assert found == pytest.approx(theirs, rel=1e-6)
+        # Cut batches have no oracle but this one: on the grid that suits them they are near it.
+        suited = accounting.epsilon(event, steps, delta, relation)
+        assert suited == pytest.approx(theirs, rel=LOOSENESS)
 
 
 def test_the_gaussian_is_the_closed_form():
@@ -151,7 +170,7 @@ def test_one_step_is_the_closed_form(case):
     q, z, delta, kind = (
         case[name] for name in ("sampling_prob", "noise_multiplier", "delta", "kind")
     )
-    size, grid = case["group_size"], 2e-2 if kind == "group" else GRID
+    size, grid = case["group_size"], 2e-2 if kind == "group" else FIXED_GRID
     tolerance = 20 * grid**2 / 8
 
     def excess(z):
@@ -235,7 +254,7 @@ def test_no_real_batch_that_overflows_breaks_the_truncated_bound(n, q, capacity,
 
 
 def random_events(seed, count):
-    """q, z, steps, delta, of losses that span several cells of the default grid."""
+    """q, z, steps, delta, of the ranges in use."""
     rng = np.random.default_rng(seed)
     return [
         (

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedjax_dp.privacy import discrete_gaussian, guarantees
+from fedjax_dp.privacy import discrete_gaussian
 from fedjax_dp.privacy.budgets import SiteBudget, make_mechanisms
+from fedjax_dp.privacy.overflow import CONVERSION_TAIL
 from fedjax_dp.privacy.settings import MAX_LEVELS
 
 DELTA = 1e-5
@@ -167,7 +168,7 @@ def test_no_sum_of_integers_overflows(make, num_units, dimension):
         assert total + noise < 2**31
         assert m.headline.is_valid
         others = stats.binom.sf(m.capacity - 1, m.num_units - 1, m.sampling_prob)
-        assert m.capacity == m.num_units or others <= guarantees.CONVERSION_TAIL
+        assert m.capacity == m.num_units or others <= CONVERSION_TAIL
     # As fine as that allows.
     assert levels == MAX_LEVELS or sum(num_units.values()) * (2 * levels + unit - levels) >= 2**30
 
@@ -252,6 +253,43 @@ def test_warnings(make, settings, warning):
     assert make(**FIXED).warnings == ()
 
 
+CENTRAL = FIXED | {"placement": "central", "cohort_prob": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("protects", "num_units", "target_delta", "warned", "words"),
+    [
+        # Few clients of many units: the clients have much to fear, and their units nothing.
+        ("client", {"A": 90, "B": 90}, 1e-5, "AB", "with 2 clients a guarantee"),
+        ("unit", {"A": 90, "B": 90}, 1e-5, "", ""),
+        # Many clients, one of them of few units: the other way round.
+        ("client", MANY | {"A": 2}, 1e-5, "", ""),
+        ("unit", MANY | {"A": 2}, 1e-5, "A", "with 2 tiles a guarantee"),
+        ("client", MANY | {"A": 2}, 0.01, [*MANY, "A"], "1/n = 1/101: a mechanism that"),
+        ("unit", dict(MANY, A=90), 0.02, "A", "1/n = 1/90: a mechanism that"),
+        ("unit", dict(MANY, A=10), 1e-5, "", ""),
+    ],
+)  # fmt: skip
+def test_warnings_of_central_count_what_is_protected(
+    make, protects, num_units, target_delta, warned, words
+):
+    settings = CENTRAL | {"protects": protects, "target_delta": target_delta}
+    made = make(num_units, **settings, expected_batch_size=1)
+    assert [text.split(":")[0] for text in made.warnings] == list(warned), made.warnings
+    assert all(words in text for text in made.warnings)
+    # Its noise is the server's and does not grow with a site.
+    assert not any("outweighs" in text for text in made.warnings)
+
+
+def test_a_draw_of_all_units_is_told_where_units_are_protected(make):
+    told = [
+        make({"A": 16, "B": 90}, **CENTRAL, protects=protects).warnings
+        for protects in ("client", "unit")
+    ]
+    assert not any("every step uses all" in text for text in told[0])
+    assert told[1] == ("A: every step uses all of its 16 units, and sampling amplifies nothing.",)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -262,12 +300,21 @@ def test_warnings(make, settings, warning):
          "share the noise of one sum"),
         ({"budgets": {"B": SiteBudget(target_epsilon=1.0, noise_multiplier=1.0)}},
          "client='B', got both"),
-        ({"budgets": {"B": SiteBudget(noise_multiplier=0.0)}}, "noise_multiplier > 0"),
-        ({"budgets": {"B": SiteBudget(sampling_prob=1.5)}}, "sampling_prob"),
+        ({"budgets": {"B": SiteBudget(noise_multiplier=0.0)}},
+         "finite noise_multiplier > 0 of client='B', got 0.0"),
+        ({"budgets": {"B": SiteBudget(noise_multiplier=math.inf)}},
+         "finite noise_multiplier > 0 of client='B', got inf"),
+        ({"budgets": {"B": SiteBudget(target_epsilon=-1.0)}},
+         "finite target_epsilon > 0 of client='B', got -1.0"),
+        ({"budgets": {"B": SiteBudget(target_epsilon=math.nan)}}, "client='B', got nan"),
+        ({"budgets": {"B": SiteBudget(sampling_prob=1.5)}},
+         "0 < sampling_prob <= 1 of client='B', got 1.5"),
+        ({"budgets": {"B": SiteBudget(sampling_prob=0.0)}}, "client='B', got 0.0"),
+        ({"capacity": 0}, "A: Expected capacity >= 1"),
         ({"placement": "update_unclipped"}, "nothing clips"),
         (FIXED
          | {"placement": "update_unclipped", "budgets": {"B": SiteBudget(target_epsilon=1.0)}},
-         "Nothing to calibrate"),
+         "B: Nothing to calibrate"),
         ({"sampling_prob": 0.1}, "exactly one of expected_batch_size"),
         (ONE_STEP | {"num_units": {"A": 9}}, "at least 2 sites"),
     ],

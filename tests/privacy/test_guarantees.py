@@ -20,6 +20,7 @@ from scipy import special, stats
 from fedjax_dp.privacy import accounting, discrete_gaussian, guarantees
 from fedjax_dp.privacy.events import DistributedDiscreteGaussianDpEvent, MixtureDpEvent
 from fedjax_dp.privacy.mechanism import Mechanism
+from fedjax_dp.privacy.overflow import CONVERSION_TAIL
 
 DELTA = 1e-5
 EPSILONS = (0.0, 0.1, 0.3, 1.0, 2.0)
@@ -531,6 +532,46 @@ def test_discrete_rows_bound_the_real_integers():
         assert np.any(real > claimed(row(smaller, name)) + 1e-3)
 
 
+def integer_laws(own, others, capacity, noise):
+    """The law of the opened sum of three units: one adds `own`, the others `others`."""
+    return sum(
+        weight * np.roll(noise, int(mean))
+        for mean, weight in zip(
+            *summed({0: own, 1: others[0], 2: others[1]}, drawn(range(3), Q, capacity)),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+@pytest.mark.parametrize(("name", "shares"), [("", 2), ("", 3), ("_against_shares", 1)])
+def test_a_tile_of_a_unit_is_replaced_among_integers(capacity, name, shares):
+    """One integer vector of its unit by another, from 5 to -5 at worst; whoever is cut."""
+    settings = DISCRETE | {"unit": "patient", "num_units": 3, "sampling_prob": Q}
+    m = mechanism(**settings, capacity=capacity, noise_multiplier=3.0)
+    tile = row(m, f"tile_of_patient{name}")
+    assert (tile.sensitivity, tile.accountant_relation) == (2 * m.l2_clip_norm, "replace_one")
+    # Where a draw may be cut the coin is not claimed to amplify, and the unit's row has no bound.
+    assert tile.event.sampling_probability == (Q if capacity == 3 else 1.0)
+    assert row(m, f"patient{name}").is_valid == (capacity == 3)
+    noise = summed_noise(m.share_variance(3), shares)
+    pairs = [
+        [integer_laws(own, others, capacity, noise) for own in (5, instead)]
+        for others in itertools.product((-5, 0, 5), repeat=2)
+        for instead in (-5, 0)
+    ]
+    single = np.max([hockey_sticks(*pair) for pair in pairs], axis=(0, 1))
+    assert np.all(single <= claimed(tile) + FLOAT)
+    twice = [[np.outer(side, side).ravel() for side in pair] for pair in pairs[-2:]]
+    found_twice = np.max([hockey_sticks(*pair) for pair in twice], axis=(0, 1))
+    assert np.all(found_twice <= claimed(tile, 2) + FLOAT)
+    # Negative controls: what is claimed with less noise, and what covers a zeroing alone.
+    quiet = dataclasses.replace(m, noise_multiplier=30.0)
+    assert np.any(single > claimed(row(quiet, tile.name)) + 1e-3)
+    if capacity == 3:
+        assert np.any(single > deltas(tile.event) + 1e-3)
+
+
 @pytest.mark.parametrize("z", [0.7, 1.0, 1.3])
 def test_rounded_shares_hold_what_is_charged_also_when_re_split(z):
     m = mechanism(**DISCRETE | {"num_shares": 6, "levels": 3}, noise_multiplier=z, capacity=40)
@@ -551,12 +592,9 @@ def test_discrete_rows_need_a_capacity_that_is_never_exceeded():
     assert wide.headline.is_valid
     assert isinstance(wide.headline.event, DistributedDiscreteGaussianDpEvent)
     assert not dataclasses.replace(m, capacity=needed - 1).headline.is_valid
-    assert stats.binom.sf(needed - 1, 39, 0.2) <= guarantees.CONVERSION_TAIL
+    assert stats.binom.sf(needed - 1, 39, 0.2) <= CONVERSION_TAIL
     private = dataclasses.replace(m, relation="add_or_remove")  # nothing is cut there
     assert private.headline.is_valid
-    tile = row(wide, "tile_of_patient")
-    assert (tile.event, tile.epsilon(1, DELTA)) == (None, math.inf)
-    assert "replace-one" in tile.reason
     conversion = row(dataclasses.replace(wide, unit="tile", tiles_per_unit=1), "patient")
     assert not conversion.is_valid
 

@@ -182,6 +182,47 @@ def test_the_ends_of_sampling():
     assert (np.diff(grown, axis=0) >= -1e-12).all()
 
 
+def replaced(orders, q, **kwargs):
+    sensitivity = kwargs.pop("sensitivity")
+    bounds = (
+        functools.partial(bound, sensitivity=times * sensitivity, **kwargs) for times in (1, 2)
+    )
+    return renyi.replaced_rdp(orders, *bounds, q)
+
+
+@pytest.mark.parametrize("variance", VARIANCES[1:], ids=str)
+@pytest.mark.parametrize("q", [0.01, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("instead", [-2, 0, 1])
+def test_replacement_under_the_same_coin_is_bounded(variance, q, instead):
+    """A unit that adds 2 adds something else of norm 2 at most, where it is drawn."""
+    p = pmf(variance, 2)
+    without, with_it, other = (
+        p[2 - by : len(p) - 2 - by] for by in (0, 2, instead)
+    )  # on common support, which only lowers the divergence
+    mixed, changed = ((1 - q) * without + q * taken for taken in (with_it, other))
+    orders = [order for order in ORDERS if order <= 7.5]
+    found = replaced(orders, q, variance=variance, shares=2, sensitivity=2.0)
+    for order, value in zip(orders, found, strict=True):
+        true = max(divergence(order, mixed, changed), divergence(order, changed, mixed))
+        assert value >= true * (1 - 1e-9) - 1e-15
+    # The test has power: the zeroing's bound does not cover the worst replacement.
+    if instead == -2:
+        zeroed = sampled(orders, q, variance=variance, shares=2, sensitivity=2.0)
+        assert zeroed[2] < divergence(2.0, mixed, changed)
+
+
+def test_the_coin_amplifies_replacement_as_it_should():
+    """At small q and large noise R and R' are 2 q / z apart, and P is halfway: a 2 (q / z)**2."""
+    kwargs = {"variance": Fraction(10**8), "shares": 4, "sensitivity": 2e3}  # z = 10
+    for order, value in zip((4.0, 10.0, 20.0), replaced((4, 10, 20), 0.01, **kwargs), strict=True):
+        near = 2 * order * (0.01 / 10) ** 2
+        assert near < value < 1.1 * near
+    unsampled = [4 * order / (2 * 10**2) for order in (4, 10)]
+    np.testing.assert_allclose(replaced((4, 10), 1.0, **kwargs), unsampled, rtol=1e-9)
+    for q in (1e-3, 0.2, 0.999):  # never above it
+        assert (replaced((4, 10), q, **kwargs) <= np.array(unsampled) * (1 + 1e-9)).all()
+
+
 def test_a_mixture_is_bounded():
     p, q = shifted(pmf(Fraction(1), 1), 1)
     r, s = shifted(pmf(Fraction(1), 1), 2)
@@ -231,8 +272,10 @@ def test_relations():
         accounting.epsilon(event, 9, DELTA)
     )
     replaced = accounting.epsilon(event, 9, DELTA, "replace_one")
-    assert replaced == accounting.epsilon(discrete(1.0, 1.0), 9, DELTA)
     assert replaced >= accounting.epsilon(poisson(0.1, 2.0), 9, DELTA, "replace_one")
+    assert replaced < 0.2 * accounting.epsilon(discrete(1.0, 1.0), 9, DELTA)  # without the coin
+    unsampled = accounting.epsilon(discrete(1.0, 2.0), 9, DELTA, "replace_one")
+    assert unsampled == accounting.epsilon(discrete(1.0, 1.0), 9, DELTA)
 
 
 def test_composed_with_continuous_noise():

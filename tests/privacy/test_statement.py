@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedjax_dp.privacy import events
+from fedjax_dp.privacy import accounting, events, pld
 from fedjax_dp.privacy.budgets import make_mechanisms
 from fedjax_dp.privacy.mechanism import mechanism_from_descriptor
 from fedjax_dp.privacy.statement import INFINITY, decode, recompute, recompute_epsilon, statement
@@ -99,6 +99,35 @@ def test_every_row_is_recomputed_and_everything_follows(tmp_path, name):
         c: next(iter(rows.values())) for c, rows in recomputed.items()
     }
     assert disagreements(value) == []
+
+
+def test_where_a_step_loses_little_the_file_alone_gives_the_same_figure(tmp_path):
+    """The accountant's grid is a function of the event, and not of who composed what before."""
+    mechanisms = made(expected_batch_size=0.3, noise_multiplier=3.7, local_steps=300).mechanisms
+    value = through_a_file(tmp_path / "privacy.json", mechanisms)
+    assert "standard deviation" in value["grid"]
+    for cached in (pld.composed, pld._base_pld):
+        cached.cache_clear()
+    for client, figure in recompute_epsilon(value).items():
+        assert figure == value["clients"][client]["epsilon"]
+        event = mechanisms[client].headline.event
+        tight = accounting.epsilon(event, ROUNDS[client], DELTA, grid=2e-5)
+        assert tight <= figure < 1.02 * tight  # the size of the grid is limited
+        fixed = accounting.epsilon(event, ROUNDS[client], DELTA, grid=1e-3)
+        assert fixed > 1.05 * tight  # what a grid that does not follow the event would state
+
+
+def test_a_patient_s_tiles_among_integers_have_a_figure(tmp_path):
+    """Replacement of what their patient adds: more than its zeroing, and less than without coin."""
+    value = through_a_file(tmp_path / "privacy.json", case("distributed, discrete").mechanisms)
+    entry = value["clients"]["B"]
+    assert entry["tile_epsilon"]["row"] == "tile_of_patient"
+    row = next(row for row in entry["guarantees"] if row["name"] == "tile_of_patient")
+    assert row["event"] == entry["guarantees"][0]["event"]
+    assert entry["epsilon"] < entry["tile_epsilon"]["epsilon"] < 4 * entry["epsilon"]
+    assert value["epsilon_by_adversary"][row["adversary"]]["tile_epsilon"]["epsilon"] > 0
+    row["epsilon"] *= 0.99
+    assert any("tile_of_patient" in line for line in disagreements(value))
 
 
 def louder(event):

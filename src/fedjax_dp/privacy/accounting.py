@@ -1,10 +1,12 @@
 """From DP events to epsilon: privacy loss distributions, composed from one cached event.
 
-Everything here is an upper bound: losses are rounded up on a grid (`DEFAULT_GRID` 1e-3). That costs
-some 0.004 % of epsilon as a rule, and up to 13 % where one step loses less than a cell, at a very
-small q / z. Pure Gaussian events are exact (Balle and Wang 2018). Summed discrete Gaussian noise
-has no known privacy loss distribution: what contains it is composed by Renyi divergences (`renyi`),
-which is looser.
+Everything here is an upper bound: losses are rounded up on a grid, which is chosen from the events
+(`pld.suited_grid`) and costs 0.04 % of epsilon, of a single step up to 0.1 %. It costs more only
+where a step loses next to nothing as a rule and much in rare cases, so that no grid of bounded size
+spans both: cut batches of q below 0.002 at z from 0.6 to 3, some percent at 0.001 and up to twice
+epsilon at 0.0001. Pure Gaussian events are exact (Balle and Wang 2018). Summed discrete Gaussian
+noise has no known privacy loss distribution: what contains it is composed by Renyi divergences
+(`renyi`), which is looser.
 
 References:
     Google's dp-accounting; Doroshenko et al. 2022, connect the dots; Balle and Wang 2018, improving
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from dp_accounting import dp_event, gaussian_mechanism
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 from scipy import stats
@@ -24,7 +27,9 @@ from scipy import stats
 from fedjax_dp.privacy import pld, renyi
 from fedjax_dp.privacy.events import NEIGHBOURS, Parts, Relation, elementary
 
-DEFAULT_GRID = 1e-3
+GRID = f"1/{pld.CELLS_PER_DEVIATION} of the standard deviation of a step's privacy loss"
+"""In words, which grid is taken where none is given."""
+
 _VERSION = importlib.metadata.version("dp-accounting")
 ACCOUNTANT = f"PLD, dp-accounting {_VERSION}"
 RENYI_ACCOUNTANT = f"RDP, dp-accounting {_VERSION}"
@@ -39,7 +44,7 @@ def epsilon(
     delta: float,
     relation: Relation = "zero_out",
     *,
-    grid: float = DEFAULT_GRID,
+    grid: float | None = None,
 ) -> float:
     """The epsilon of `event` repeated `count` times, an upper bound.
 
@@ -50,7 +55,7 @@ def epsilon(
         count: repetitions, >= 0; none cost nothing.
         delta: in (0, 1).
         relation: which datasets are neighbours.
-        grid: cell of the privacy loss; smaller is tighter and slower.
+        grid: cell of the privacy loss; smaller is tighter and slower. None: one that suits.
 
     Returns:
         epsilon >= 0, possibly infinite.
@@ -69,7 +74,7 @@ def epsilon(
     multiplier = _pure_gaussian(parts, relation)
     if multiplier is not None:
         return float(gaussian_mechanism.get_epsilon_gaussian(multiplier, delta))
-    return float(pld.composed(parts, relation, grid).get_epsilon_for_delta(delta))
+    return float(_composed(parts, relation, grid).get_epsilon_for_delta(delta))
 
 
 def epsilon_curve(
@@ -78,7 +83,7 @@ def epsilon_curve(
     deltas: Sequence[float],
     relation: Relation = "zero_out",
     *,
-    grid: float = DEFAULT_GRID,
+    grid: float | None = None,
 ) -> tuple[tuple[float, float], ...]:
     """Pairs (delta, epsilon) of `event` repeated `count` times, for every delta of `deltas`."""
     return tuple((delta, epsilon(event, count, delta, relation, grid=grid)) for delta in deltas)
@@ -90,7 +95,7 @@ def delta_for(
     target_epsilon: float,
     relation: Relation = "zero_out",
     *,
-    grid: float = DEFAULT_GRID,
+    grid: float | None = None,
 ) -> float:
     """The delta of `event` repeated `count` times at `target_epsilon` >= 0, an upper bound."""
     _check(count, 0.5, relation)
@@ -109,7 +114,7 @@ def delta_for(
         upper = stats.norm.cdf(0.5 / multiplier - target_epsilon * multiplier)
         log_lower = stats.norm.logcdf(-0.5 / multiplier - target_epsilon * multiplier)
         return max(0.0, float(upper - math.exp(target_epsilon + log_lower)))
-    return float(pld.composed(parts, relation, grid).get_delta_for_epsilon(target_epsilon))
+    return float(_composed(parts, relation, grid).get_delta_for_epsilon(target_epsilon))
 
 
 def rdp_epsilon(
@@ -131,6 +136,16 @@ def rdp_epsilon(
             return None
         accountant.compose(part, times)
     return float(accountant.get_epsilon(delta)) if parts else 0.0
+
+
+def grid_for(event: dp_event.DpEvent, relation: Relation = "zero_out") -> float:
+    """The cell of the privacy loss that is taken for `event` where none is given."""
+    parts = elementary(event, 1)
+    return pld.suited_grid(parts, relation) if parts else 0.0
+
+
+def _composed(parts: Parts, relation: Relation, grid: float | None) -> PrivacyLossDistribution:
+    return pld.composed(parts, relation, pld.suited_grid(parts, relation) if grid is None else grid)
 
 
 def _pure_gaussian(parts: Parts, relation: Relation) -> float | None:

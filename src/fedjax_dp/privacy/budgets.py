@@ -1,14 +1,15 @@
 """From public numbers and budgets to the mechanisms of all clients."""
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from fedjax_dp.data import sampling
-from fedjax_dp.privacy import guarantees
 from fedjax_dp.privacy.mechanism import Mechanism
+from fedjax_dp.privacy.overflow import conversion_capacity
 from fedjax_dp.privacy.settings import MAX_LEVELS, UNITWISE, Noise, Placement, Relation, Unit
 
 FEW_UNITS = 3
@@ -175,18 +176,14 @@ def make_mechanisms(
         if n < 1:
             raise ValueError(f"Expected units at {client=}, got {n}. Leave it out of training.")
         own = budgets.get(client, SiteBudget())
-        if own.target_epsilon is not None and own.noise_multiplier is not None:
-            raise ValueError(
-                f"Expected target_epsilon or noise_multiplier of {client=}, got both: "
-                f"{own.target_epsilon}, {own.noise_multiplier}."
-            )
+        _check_own(client, own)
         z = own.noise_multiplier
         if z is None and own.target_epsilon is None:
             z = noise_multiplier
         q = own.sampling_prob if own.sampling_prob is not None else sampling_prob
         if q is None:
             q = min(1.0, (expected_batch_size or 0.0) / n)
-        mechanism = Mechanism(
+        mechanism = _named(client, Mechanism)(
             placement=placement,
             unit=unit,
             num_units=n,
@@ -212,7 +209,8 @@ def make_mechanisms(
         )
         target = own.target_epsilon if own.target_epsilon is not None else target_epsilon
         if is_private and z is None and target is not None:
-            mechanism = mechanism.calibrated(rounds, target, target_delta, cache_dir)
+            calibrated = _named(client, mechanism.calibrated)
+            mechanism = calibrated(rounds, target, target_delta, cache_dir)
         mechanisms[client] = mechanism
         warnings += _warnings(client, mechanism, target_delta, len(num_units))
     if placement in SHARED_NOISE:
@@ -222,6 +220,34 @@ def make_mechanisms(
     if placement == "update" and is_equal_average and not budgets:
         mechanisms = _averaged(mechanisms)
     return MechanismSet(mechanisms, tuple(warnings))
+
+
+def _check_own(client: str, own: SiteBudget) -> None:
+    """Refuses numbers of one client that are out of range, or contradict each other."""
+    if own.target_epsilon is not None and own.noise_multiplier is not None:
+        raise ValueError(
+            f"Expected target_epsilon or noise_multiplier of {client=}, got both: "
+            f"{own.target_epsilon}, {own.noise_multiplier}."
+        )
+    for name in ("target_epsilon", "noise_multiplier"):
+        value = getattr(own, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"Expected a finite {name} > 0 of {client=}, got {value}.")
+    if own.sampling_prob is not None and not 0 < own.sampling_prob <= 1:
+        raise ValueError(f"Expected 0 < sampling_prob <= 1 of {client=}, got {own.sampling_prob}.")
+
+
+def _named(client: str, make: Callable[..., Mechanism]) -> Callable[..., Mechanism]:
+    """`make`, whose errors name the client."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Mechanism:
+        try:
+            return make(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{client}: {error}") from error
+
+    return made
 
 
 def _capacity(
@@ -237,9 +263,9 @@ def _capacity(
         return min(given, n)
     size = sampling.default_capacity(n, q)
     if placement in UNITWISE and noise == "discrete_gaussian":
-        size = max(size, guarantees.conversion_capacity(n, q, 1))
+        size = max(size, conversion_capacity(n, q, 1))
     if placement in UNITWISE and unit != "patient" and max_units_per_patient is not None:
-        size = max(size, guarantees.conversion_capacity(n, q, max_units_per_patient))
+        size = max(size, conversion_capacity(n, q, max_units_per_patient))
     return min(size, n)
 
 
@@ -284,25 +310,23 @@ def _with_counts(mechanisms: Mapping[str, Mechanism]) -> dict[str, Mechanism]:
         counted = {client: m.expected_batch_size for client, m in mechanisms.items()}
         if first.placement == "distributed":
             counted = dict.fromkeys(mechanisms, sum(counted.values()))
-    made = {}
-    for client, mechanism in mechanisms.items():
-        try:
-            made[client] = dataclasses.replace(
-                mechanism, count_noise_stddev=COUNT_SHARE * counted[client]
-            )
-        except ValueError as error:
-            raise ValueError(f"{client}: {error}") from error
-    return made
+    return {
+        client: _named(client, dataclasses.replace)(
+            mechanism, count_noise_stddev=COUNT_SHARE * counted[client]
+        )
+        for client, mechanism in mechanisms.items()
+    }
 
 
 def _warnings(client: str, m: Mechanism, target_delta: float, num_clients: int) -> list[str]:
     if m.placement == "none":
         return []
     found = []
-    # Among how many the protected one hides: the trusted server mixes all clients.
-    is_mixed = m.placement == "central"
-    n, what = (num_clients, "client") if is_mixed else (m.num_units, m.unit)
-    if m.sampling_prob == 1 and m.num_units > 1 and not is_mixed:
+    # Among how many the protected one hides: clients in the sum of the trusted server, units in
+    # their site.
+    is_client_of_sum = m.placement == "central" and m.protects == "client"
+    n, what = (num_clients, "client") if is_client_of_sum else (m.num_units, m.unit)
+    if m.sampling_prob == 1 and m.num_units > 1 and not is_client_of_sum:
         found.append(
             f"{client}: every step uses all of its {m.num_units} units, and sampling amplifies "
             "nothing."
@@ -310,12 +334,16 @@ def _warnings(client: str, m: Mechanism, target_delta: float, num_clients: int) 
     if target_delta >= 1 / n:
         found.append(
             f"{client}: target_delta {target_delta:g} is not below 1/n = 1/{n}: a mechanism "
-            "that publishes one unit outright could satisfy it."
+            f"that publishes one {what} outright could satisfy it."
         )
     if n <= FEW_UNITS:
+        advice = "Leave the site out of training, or protect a smaller unit and say so."
+        if is_client_of_sum:
+            advice = "Add clients, or protect their units (protects=unit) and say so."
+        elif m.placement != "central":  # whose noise is one, whatever a site's size
+            advice = f"The noise outweighs what the site contributes. {advice}"
         found.append(
             f"{client}: with {n} {what}{'s' if n > 1 else ''} a guarantee for one of them hides "
-            "it among hardly anyone, and the noise outweighs what the site contributes. Leave the "
-            "site out of training, or protect a smaller unit and say so."
+            f"it among hardly anyone. {advice}"
         )
     return found

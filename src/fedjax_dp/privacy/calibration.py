@@ -11,9 +11,10 @@ from pathlib import Path
 from dp_accounting import dp_event
 
 from fedjax_dp.privacy import accounting, events
-from fedjax_dp.privacy.accounting import DEFAULT_GRID, Relation
+from fedjax_dp.privacy.accounting import Relation
 
-_COARSE_GRID = 1e-2
+_COARSER = 8
+"""A guess is made on a grid so many times as coarse, where compositions are cheap."""
 
 
 def max_rounds(
@@ -24,7 +25,7 @@ def max_rounds(
     *,
     limit: int = 1_000_000,
     start: int | None = None,
-    grid: float = DEFAULT_GRID,
+    grid: float | None = None,
 ) -> int:
     """The most repetitions of `event` within the budget: this many stay, one more exceeds.
 
@@ -36,7 +37,7 @@ def max_rounds(
         limit: the answer is at most this.
         start: where the answer is looked for first, >= 1: a good guess saves compositions. None
             guesses on a coarser grid, where they are cheap.
-        grid: cell of the privacy loss.
+        grid: cell of the privacy loss; None: as `accounting.epsilon` chooses.
 
     Returns:
         A number of rounds in [0, limit].
@@ -47,10 +48,12 @@ def max_rounds(
     def fits(rounds: int) -> bool:
         return accounting.epsilon(event, rounds, delta, relation, grid=grid) <= target_epsilon
 
-    if start is None and grid < _COARSE_GRID:
-        start = max_rounds(
-            event, target_epsilon, delta, relation, limit=limit, start=1, grid=_COARSE_GRID
-        )
+    if start is None:
+        coarse = _COARSER * accounting.grid_for(event, relation)
+        if grid is None or grid < coarse:
+            start = max_rounds(
+                event, target_epsilon, delta, relation, limit=limit, start=1, grid=coarse
+            )
     start = max(start or 1, 1)
     low, high, step = 0, min(start, limit), max(1, start // 256)
     while high < limit and fits(high):
@@ -71,7 +74,7 @@ def calibrate_noise_multiplier(
     relation: Relation = "zero_out",
     *,
     rtol: float = 1e-4,
-    grid: float = DEFAULT_GRID,
+    grid: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> float:
     """The smallest noise multiplier, up to `rtol` upwards, whose epsilon stays within the target.
@@ -87,7 +90,7 @@ def calibrate_noise_multiplier(
         target_delta: in (0, 1).
         relation: which datasets are neighbours.
         rtol: how far above the smallest possible multiplier the answer may lie.
-        grid: cell of the privacy loss.
+        grid: cell of the privacy loss; None: as `accounting.epsilon` chooses.
         cache_dir: where answers are kept between runs; nowhere if None.
 
     Returns:
@@ -101,20 +104,24 @@ def calibrate_noise_multiplier(
     if count < 1:
         raise ValueError(f"Expected count >= 1, got {count=}.")
 
-    def fits_by(cell: float) -> Callable[[float], float]:
+    def fits(*, is_guess: bool = False) -> Callable[[float], float]:
         # log of epsilon over target: <= 0 meets the target, and it is smooth for the secant.
         @functools.cache
         def excess(z: float) -> float:
-            value = accounting.epsilon(make_event(z), count, target_delta, relation, grid=cell)
+            event, cell = make_event(z), grid
+            if is_guess:
+                cell = max(_COARSER * accounting.grid_for(event, relation), grid or 0.0)
+            value = accounting.epsilon(event, count, target_delta, relation, grid=cell)
             return math.log(max(value, 1e-12)) - math.log(target_epsilon)
 
         return excess
 
-    fine = fits_by(grid)
+    fine = fits()
     path = None
     if cache_dir is not None:
         arguments = [
-            accounting.ACCOUNTANT, count, target_epsilon, target_delta, relation, rtol, grid,
+            accounting.ACCOUNTANT, accounting.GRID, count, target_epsilon, target_delta, relation,
+            rtol, grid,
             events.event_to_json(make_event(1.0)), events.event_to_json(make_event(2.0)),
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:32]
@@ -123,7 +130,7 @@ def calibrate_noise_multiplier(
             z = float(json.loads(path.read_text()))
             if fine(z) <= 0:
                 return z
-    coarse = fits_by(max(grid, _COARSE_GRID))
+    coarse = fits(is_guess=True)
     low, high = _bracket(coarse, start=1.0, factor=2.0)
     if high > 0.01:
         _, near = _close_in(coarse, low, high, rtol=1e-2)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_dp.data import sampling
-from fedjax_dp.privacy import calibration, guarantees
+from fedjax_dp.privacy import calibration, placements, unit_guarantees
 from fedjax_dp.privacy.guarantees import Guarantee
 from fedjax_dp.privacy.settings import MechanismSettings
 
@@ -94,7 +94,7 @@ class Mechanism(MechanismSettings):
     def share_variance(self, num_sharing: int) -> int:
         """sigma^2 of one of `num_sharing` discrete shares, in squared integer steps."""
         self._contributing(num_sharing)
-        return guarantees.share_variance(self, num_sharing)
+        return unit_guarantees.share_variance(self, num_sharing)
 
     def count_share_stddev(self, num_sharing: int) -> float:
         """Standard deviation that one client adds to the count that adapts the clip norm."""
@@ -135,8 +135,8 @@ class Mechanism(MechanismSettings):
         return next(g for g in self.guarantees() if g.unit == "patient")
 
     def guarantees(self) -> tuple[Guarantee, ...]:
-        """Every guarantee of this client, the headline first; `guarantees.py` proves them."""
-        return guarantees.guarantees(self)
+        """Every guarantee of this client, the headline first; `placements` makes them."""
+        return placements.guarantees(self)
 
     def epsilon(self, rounds: int, delta: float) -> float:
         """The headline's epsilon after `rounds` rounds."""

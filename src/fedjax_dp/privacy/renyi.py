@@ -139,6 +139,47 @@ def poisson_sampled_rdp(
     return np.minimum(sampled, unsampled)
 
 
+def replaced_rdp(
+    orders: Sequence[float],
+    bound: Callable[[float], float],
+    doubled: Callable[[float], float],
+    sampling_probability: float,
+) -> np.ndarray:
+    """Bound where the unit that takes part with probability q contributes something else instead.
+
+    Let P be the law without the unit, Q and Q' with either of its contributions, under the same
+    coin: R = (1-q) P + q Q against R' = (1-q) P + q Q'. Two bounds, of which the smaller holds:
+
+    1. Telling the coin only helps, so D_a(R || R') <= D_a(Q || Q') (quasi-convexity), and Q' lies
+       up to twice as far from Q as from P. No amplification, but nothing is asked of the rest
+       either: where the coins also decide whom a full batch leaves out, they do so in both worlds.
+    2. By way of P, at which the unit is zeroed. With the inequality of Cauchy and Schwarz
+
+           E_R' (R/R')**a = E_P (R/P)**a (P/R')**(a-1)
+                         <= (E_P (R/P)**(2a))**(1/2) (E_P (P/R')**(2a-2))**(1/2),
+
+       hence D_a(R || R') <= (a - 1/2) / (a - 1) D_2a(R || P) + D_(2a-1)(P || R') (Mironov 2017,
+       "Renyi Differential Privacy", Corollary 4), and `poisson_sampled_rdp` bounds both. For small
+       q this is near the truth, whose worst case is a P halfway between Q and Q'.
+
+    Args:
+        orders: each > 1.
+        bound: order -> bound of the unsampled mechanism, one contribution against none.
+        doubled: the same at twice the sensitivity.
+        sampling_probability: q in [0, 1].
+
+    Returns:
+        The bounds; `doubled` itself for q = 1.
+    """
+    order = np.asarray(orders)
+    unsampled = np.array([doubled(a) for a in orders])
+    if sampling_probability == 1:
+        return unsampled
+    there = poisson_sampled_rdp(tuple(2 * order), bound, sampling_probability)
+    back = poisson_sampled_rdp(tuple(2 * order - 1), bound, sampling_probability)
+    return np.minimum(unsampled, (order - 0.5) / (order - 1) * there + back)
+
+
 def mixed_rdp(
     orders: Sequence[float], divergences: Sequence[np.ndarray], probs: Sequence[float]
 ) -> np.ndarray:
@@ -173,22 +214,21 @@ def composed(parts: Parts, relation: Relation) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _base_rdp(event: dp_event.DpEvent, relation: Relation) -> np.ndarray:
-    """Bounds of the Renyi divergences of one elementary event at `ORDERS`.
-
-    Of the discrete Gaussian under replace-one no amplification is claimed: the coins chosen, the
-    two sums differ by at most twice the sensitivity or not at all, and quasi-convexity keeps that.
-    """
+    """Bounds of the Renyi divergences of one elementary event at `ORDERS`."""
     if isinstance(event, events.DistributedDiscreteGaussianDpEvent):
-        is_replaced = relation == "replace_one"
-        bound = functools.partial(
-            summed_discrete_gaussian_rdp,
-            noise_stddev_squared=event.noise_stddev_squared,
-            num_shares=event.num_shares,
-            l2_sensitivity=(2 if is_replaced else 1) * event.l2_sensitivity,
-            dimension=event.dimension,
+        bound, doubled = (
+            functools.partial(
+                summed_discrete_gaussian_rdp,
+                noise_stddev_squared=event.noise_stddev_squared,
+                num_shares=event.num_shares,
+                l2_sensitivity=times * event.l2_sensitivity,
+                dimension=event.dimension,
+            )
+            for times in (1, 2)
         )
-        q = 1.0 if is_replaced else event.sampling_probability
-        return poisson_sampled_rdp(ORDERS, bound, q)
+        if relation == "replace_one":
+            return replaced_rdp(ORDERS, bound, doubled, event.sampling_probability)
+        return poisson_sampled_rdp(ORDERS, bound, event.sampling_probability)
     if isinstance(event, events.MixtureDpEvent):
         children = [_base_rdp(events.simplify(child), relation) for child in event.events]
         return mixed_rdp(ORDERS, children, event.probs)

@@ -102,7 +102,7 @@ def statement(
         "accountant": accounting.RENYI_ACCOUNTANT
         if first.noise == "discrete_gaussian"
         else accounting.ACCOUNTANT,
-        "grid": accounting.DEFAULT_GRID,
+        "grid": accounting.GRID,
         "target_delta": target_delta,
         "epsilon": {
             "max": by_adversary[headline.adversary]["epsilon"],
@@ -155,7 +155,6 @@ def _recomputed(
         entry["rounds"],
         value["target_delta"],
         row["accountant_relation"],
-        grid=value["grid"],
     )
 
 
