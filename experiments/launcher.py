@@ -1,12 +1,14 @@
 """What the experiments share: flags over `Config`, devices set up before jax starts, exit codes."""
 
 import os
+import signal
 import sys
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import processes
 from fedjax_dp.config import Config
 
 EXIT_STOPPED = 130
@@ -41,6 +43,10 @@ def main(experiment: str, **defaults: Any) -> None:
     def call(argv: list[str]) -> int:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+        count = holder.value.execution.processes
+        if count > 1 and processes.from_environment() is None:
+            # The command as it was given, interpreter options and all.
+            return processes.run_processes([sys.executable, *sys.orig_argv[1:]], count)
         return run_and_report(holder.value, workdir.value, experiment)
 
     app.run(call)
@@ -52,19 +58,31 @@ def run_and_report(config: Config, workdir: str, experiment: str) -> int:
     # jax starts here, after the devices are set up.
     from fedjax_dp import training
     from fedjax_dp.interrupts import Stopped
+    from fedjax_dp.processes import join
     from fedjax_dp.reporting.summary import plain_table
     from fedjax_dp.results import comparison_row
 
+    one_of_several = processes.from_environment()
+    is_leader = one_of_several is None or one_of_several[2] == 0
     try:
-        summary = training.run(config, workdir, experiment=experiment)
+        if one_of_several is not None:
+            if not is_leader:  # a terminal's Ctrl-C reaches all; the leader tells when to end
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            join(*one_of_several)
+        summary = training.run(config, workdir, experiment=experiment, progress=is_leader)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if is_leader:  # the others make the same mistake, or miss one that died
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if one_of_several is not None:
+            sys.stderr.flush()
+            os._exit(1)  # to leave in good order would wait for processes that may be gone
         return 1
-    print(plain_table([comparison_row(experiment, summary)]))
-    print(f"Summary, statement, pictures and logs are in {workdir}.")
+    if is_leader:
+        print(plain_table([comparison_row(experiment, summary)]))
+        print(f"Summary, statement, pictures and logs are in {workdir}.")
     return 0
 
 

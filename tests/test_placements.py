@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedjax_dp import training
-from fedjax_dp.assembly.programs import compile_programs, examples, make_model, placed
+from fedjax_dp.assembly.programs import compile_programs, examples, make_model
 from fedjax_dp.assembly.sites import Sites, make_sites
 from fedjax_dp.config import by_site
 from fedjax_dp.federated.rounds import RoundMaker
@@ -240,8 +240,8 @@ def endpoint(name, **changes):
         for index in range(2):
             acc, made = programs.begin(state), maker.make(index)
             for prepared in made.chunks:
-                acc, _, _ = programs.visit(acc, state, prepared.chunk, device.pool)
-            state = programs.finish(state, acc, placed(made.release(), device))
+                acc, _, _ = programs.visit(acc, state, prepared.chunk)
+            state = programs.finish(state, acc, made.release())
     return flat(state.params) - flat(device.state.params)
 
 

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from fedjax_dp.federated.algorithms.base import ServerState
@@ -41,13 +42,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, *, max_to_keep: int = 2):
+        folder.mkdir(parents=True, exist_ok=True)  # Orbax makes none for one process of several
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
-                create=True,
+                create=False,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=False,
+                multiprocessing_options=_alone(),
             ),
         )
 
@@ -63,14 +66,15 @@ class Checkpoints:
         self._manager.save(
             position.round,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                # Of the host: arrays of devices Orbax saves with all processes or not at all.
+                state=ocp.args.StandardSave(jax.device_get(state)),
                 position=ocp.args.JsonSave(position._asdict()),
             ),
         )
         self._manager.wait_until_finished()
 
     def restore(self, like: ServerState) -> tuple[ServerState, Position]:
-        """The newest checkpoint, in the shapes, dtypes and shardings of `like`.
+        """The newest checkpoint, on the host, in the shapes and dtypes of `like`.
 
         Raises:
             FileNotFoundError: there is none.
@@ -79,7 +83,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             raise FileNotFoundError("There is no checkpoint to restore.")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.device_get(like)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -92,6 +96,14 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being saved."""
         self._manager.close()
+
+
+def _alone() -> Any:
+    """Of several processes of a run one saves, and each reads for itself: none waits for others."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process_{here}"
+    )
 
 
 def load_params(folder: pathlib.Path, like: Any) -> Any:
@@ -112,15 +124,15 @@ def load_params(folder: pathlib.Path, like: Any) -> Any:
         "state": ocp.StandardCheckpointHandler(),
         "position": ocp.JsonCheckpointHandler(),
     }
-    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_alone())
+    with ocp.CheckpointManager(
+        folder.absolute(), options=options, item_handlers=handlers
+    ) as manager:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(missing)
-        # That run may have had devices that are not here.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         saved = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            manager.item_metadata(step)["state"],
+            lambda leaf: np.empty(leaf.shape, leaf.dtype), manager.item_metadata(step)["state"]
         )
         restored = manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(saved))

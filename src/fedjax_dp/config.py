@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from typing import Any
 
 
@@ -197,7 +198,8 @@ class ExecutionConfig:
         clients_per_block: clients mapped together on a device; 1 = one after another.
         microbatch_size: units computed together; 1 = a loop, large = `vmap` over all; 0 = 1 on
             CPU and 32 on accelerators.
-        devices: devices of the `clients` axis; 0 = all.
+        devices: devices of the `clients` axis in each process; 0 = all.
+        processes: that an experiment starts on this machine, the cores shared out among them.
         conv_variant: "auto", or a `models.layers.ConvVariant`.
         eval_batch_size: tiles of an evaluation batch.
         compilation_cache: folder of JAX's persistent compilation cache; empty = none.
@@ -206,6 +208,7 @@ class ExecutionConfig:
     clients_per_block: int = 1
     microbatch_size: int = 0
     devices: int = 0
+    processes: int = 1
     conv_variant: str = "auto"
     eval_batch_size: int = 16
     compilation_cache: str = ""
@@ -242,11 +245,12 @@ def check(config: Config) -> None:
     """Refuses numbers that no other part of a run would notice in time.
 
     Raises:
-        ValueError: an interval below one.
+        ValueError: an interval or a number of processes below one.
     """
-    for name in ("eval_every", "checkpoint_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"Expected {name} >= 1, got {getattr(config, name)}.")
+    for name in ("eval_every", "checkpoint_every", "execution.processes"):
+        value = operator.attrgetter(name)(config)
+        if value < 1:
+            raise ValueError(f"Expected {name} >= 1, got {value}.")
 
 
 _ONLY_SPEED = ("execution", "eval_every", "checkpoint_every")

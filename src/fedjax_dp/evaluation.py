@@ -22,7 +22,7 @@ class Evaluator:
         params: parameters of the shapes, dtypes and sharding it will be called with.
         tile_size: side of the tiles.
         batch_size: tiles of a batch, rounded up to a multiple of the mesh's devices.
-        mesh: over whose devices a batch is spread.
+        mesh: over whose devices a batch is spread, as far as this process can reach them.
 
     Attributes:
         compile_seconds: what compiling took.
@@ -31,8 +31,9 @@ class Evaluator:
     def __init__(
         self, apply: ApplyFn, params: Params, *, tile_size: int, batch_size: int, mesh: Mesh
     ):
-        self.batch_size = -(-max(batch_size, 1) // mesh.size) * mesh.size
-        self._sharding = cohort.by_client(mesh)
+        self._mesh = cohort.local_mesh(mesh)
+        self.batch_size = -(-max(batch_size, 1) // self._mesh.size) * self._mesh.size
+        self._sharding = cohort.by_client(self._mesh)
 
         def program(params: Params, images: Any, labels: Any) -> tuple[Any, Any]:
             logits = apply(params, images.astype(jnp.float32) / 255.0, jax.random.key(0))
@@ -42,7 +43,7 @@ class Evaluator:
         shape = (self.batch_size, tile_size, tile_size)
         images = jax.ShapeDtypeStruct((*shape, 3), jnp.uint8, sharding=self._sharding)
         labels = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharding)
-        self._program = jax.jit(program).lower(params, images, labels).compile()
+        self._program = jax.jit(program).lower(self._here(params), images, labels).compile()
 
     def confusions(
         self, params: Params, table: TileTable, *, tick: Callable[[], None] = lambda: None
@@ -69,9 +70,13 @@ class Evaluator:
         ]
         return np.concatenate(parts) if parts else labels
 
+    def _here(self, params: Params) -> Params:
+        return cohort.fetch(params, self._mesh)
+
     def _batches(
         self, params: Params, images: np.ndarray, labels: np.ndarray
     ) -> Iterator[tuple[int, Any]]:
+        params = self._here(params)
         for start in range(0, len(images), self.batch_size):
             some = images[start : start + self.batch_size], labels[start : start + self.batch_size]
             count = len(some[0])

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fedjax_dp import results, workdir
+from fedjax_dp import processes, results, workdir
 from fedjax_dp.assembly.federation import load_federation, with_clients
 from fedjax_dp.assembly.programs import (
     Device,
@@ -22,14 +22,12 @@ from fedjax_dp.assembly.programs import (
     examples,
     make_device,
     make_model,
-    placed,
 )
 from fedjax_dp.assembly.sites import Sites, make_sites
 from fedjax_dp.checkpoint import Checkpoints, Position
 from fedjax_dp.config import Config, by_site, check, config_hash
 from fedjax_dp.data.federation import Federation, fingerprint, site_sources
 from fedjax_dp.data.sources import holdings
-from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
 from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead
@@ -56,9 +54,12 @@ class Run(NamedTuple):
     device: Device
     programs: Programs
     ledger: Ledger
+    charges: ChargeLog
     checkpoints: Checkpoints
     log: MetricsLog
+    stop: list[int]
     say: Any
+    progress: bool
 
 
 def run(
@@ -85,7 +86,8 @@ def run(
         progress: whether to show a progress bar and what happens before it.
 
     Returns:
-        The summary, as in `summary.json`.
+        The summary, as in `summary.json`; an empty one in a process that does not lead, see
+        `processes`.
 
     Raises:
         ValueError: the configuration, the data or the workdir does not fit; nothing was run.
@@ -103,11 +105,9 @@ def run(
     federation = with_clients(config, federation)
     data_fingerprint = fingerprint(federation)
     workdir.check(folder, experiment, config, data_fingerprint)
-    secrets_path = folder / "secrets"
     if (finished := results.finished(folder)) is not None:
         say(f"{folder} holds a finished run; its summary is returned.")
-        if secrets_path.exists():
-            secrets_path.unlink()
+        (folder / "secrets").unlink(missing_ok=True)
         return finished
     model = make_model(config, len(federation.class_names))
     with busy("Calibrating noise and capacity", show=progress):
@@ -125,67 +125,90 @@ def run(
         chunk, release = examples(device, sites, per_chunk)
         programs = compile_programs(config, device, chunk, release)
     say(f"Compiled in {programs.compile_seconds:.1f} s.")
-    workdir.claim(folder, experiment, config, data_fingerprint)
-    with contextlib.ExitStack() as stack:
+    if not processes.is_leader():
+        processes.follow(programs, device, chunk, release)
+        return {}
+    held = holdings(by_owner, federation.train, sources)
+    with processes.leading(programs) as programs, contextlib.ExitStack() as stack:
+        workdir.claim(folder, experiment, config, data_fingerprint)
         stop = stack.enter_context(noted_signals())
-        charges = stack.enter_context(ChargeLog(folder / "charges.jsonl"))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
-        secrets = _secrets(config, secrets_path, sites, is_new=not charges.counts())
-        ledger = Ledger.start({s.name: s.mechanism.fingerprint() for s in sites.sites})
-        log = stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl")))
         this = Run(
-            config, folder, experiment, federation, sites, device, programs,
-            ledger, checkpoints, log, say,
-        )  # fmt: skip
-        state, position = _start(this, charges)
-        limits = _limits(config, sites)
-        registration = register_run(
-            folder,
-            experiment=experiment,
-            seed=config.seed,
-            tile_size=config.data.tile_size,
-            holdings=holdings(by_owner, federation.train, sources),
-            mechanisms={site.name: site.mechanism for site in sites.sites},
-            charged=charges.counts(),
-            rounds_left=config.federation.rounds - position.round,
-            limits=limits,
-        )
-        maker = RoundMaker(
-            sites=sites.sites,
-            secrets=secrets,
-            charges=charges,
-            limits=limits,
-            # The first parameters too: `model.init_from` names a folder that may change.
-            environment=workdir.environment_hash(
-                {**device.plan, "initial": _digest(device.state.params)}
-            ),
-            context=f"{data_fingerprint}/{config_hash(config)}".encode(),
-            clients_per_chunk=per_chunk,
-            cohort_mode=config.federation.cohort,
-            cohort_size=config.federation.cohort_size or None,
-            cohort_prob=config.federation.cohort_prob or None,
-            num_words=device.num_words,
-            dropout_prob=config.federation.dropout_prob,
-        )
-        state, position = _rounds(this, maker, state, position, stop, progress)
-        registration.close(charges.counts())
-        summary = results.finish(
-            this.folder,
             config=config,
+            folder=folder,
             experiment=experiment,
             federation=federation,
             sites=sites,
-            evaluator=programs.evaluator,
-            params=state.averaged_params,
-            lines=log.lines,
-            charged=charges.counts(),
-            position=position,
-            compile_seconds=programs.compile_seconds,
-            across_runs=registration.across_runs(config.privacy.target_delta),
+            device=device,
+            programs=programs,
+            ledger=Ledger.start({s.name: s.mechanism.fingerprint() for s in sites.sites}),
+            charges=stack.enter_context(ChargeLog(folder / "charges.jsonl")),
+            checkpoints=stack.enter_context(
+                contextlib.closing(Checkpoints(folder / "checkpoints"))
+            ),
+            log=stack.enter_context(contextlib.closing(MetricsLog(folder / "metrics.jsonl"))),
+            stop=stop,
+            say=say,
             progress=progress,
         )
-        if secrets.is_private:
-            secrets.destroy(secrets_path)
+        return _lead(this, held, data_fingerprint)
+
+
+def _lead(this: Run, held: Any, data_fingerprint: str) -> dict[str, Any]:
+    """All rounds that are left, and what is written at the end; returns the summary."""
+    config, charges, sites = this.config, this.charges, this.sites.sites
+    secrets_path = this.folder / "secrets"
+    secrets = _secrets(config, secrets_path, this.sites, is_new=not charges.counts())
+    state, position = _start(this)
+    limits = _limits(config, this.sites)
+    registration = register_run(
+        this.folder,
+        experiment=this.experiment,
+        seed=config.seed,
+        tile_size=config.data.tile_size,
+        holdings=held,
+        mechanisms={site.name: site.mechanism for site in sites},
+        charged=charges.counts(),
+        rounds_left=config.federation.rounds - position.round,
+        limits=limits,
+    )
+    is_central = config.privacy.placement == "central"
+    maker = RoundMaker(
+        sites=sites,
+        secrets=secrets,
+        charges=charges,
+        limits=limits,
+        # The first parameters too: `model.init_from` names a folder that may change.
+        environment=workdir.environment_hash(
+            {**this.device.plan, "initial": _digest(this.device.state.params)}
+        ),
+        context=f"{data_fingerprint}/{config_hash(config)}".encode(),
+        clients_per_chunk=this.device.mesh.size * config.execution.clients_per_block,
+        # Of "central" the mechanisms hold the probability that is accounted and drawn with.
+        cohort_mode="all" if is_central else config.federation.cohort,
+        cohort_size=config.federation.cohort_size or None,
+        cohort_prob=None if is_central else config.federation.cohort_prob or None,
+        num_words=this.device.num_words,
+        dropout_prob=config.federation.dropout_prob,
+    )
+    state, position = _rounds(this, maker, state, position)
+    registration.close(charges.counts())
+    summary = results.finish(
+        this.folder,
+        config=config,
+        experiment=this.experiment,
+        federation=this.federation,
+        sites=this.sites,
+        evaluator=this.programs.evaluator,
+        params=state.averaged_params,
+        lines=this.log.lines,
+        charged=charges.counts(),
+        position=position,
+        compile_seconds=this.programs.compile_seconds,
+        across_runs=registration.across_runs(config.privacy.target_delta),
+        progress=this.progress,
+    )
+    if secrets.is_private:
+        secrets.destroy(secrets_path)
     return summary
 
 
@@ -194,14 +217,12 @@ def _rounds(
     maker: RoundMaker,
     state: ServerState,
     position: Position,
-    stop: list[int],
-    progress: bool,
 ) -> tuple[ServerState, Position]:
     """Runs the rounds that are left; returns the last state and where it stands."""
     config, last = this.config, this.config.federation.rounds
     bar = tqdm(
         total=last, initial=position.round, desc=this.folder.name, unit="round",
-        disable=not progress, dynamic_ncols=True, smoothing=0.1,
+        disable=not this.progress, dynamic_ncols=True, smoothing=0.1,
     )  # fmt: skip
     shown: dict[str, str] = {}
     rounds = ahead(maker.make, position.round, last)
@@ -215,12 +236,12 @@ def _rounds(
             start = time.perf_counter()  # to wait for the host is part of the round
             if (made := next(rounds, None)) is None:
                 break
-            done = _one_round(this, made, state, stop, bar, shown)
+            done = _one_round(this, made, state, bar, shown)
             if done is None:
                 this.checkpoints.save(state, position)
                 raise Stopped(
-                    f"Stopped by signal {stop[0]} after round {position.round}, which is saved. "
-                    "The same command goes on."
+                    f"Stopped by signal {this.stop[0]} after round {position.round}, which is "
+                    "saved. The same command goes on."
                 )
             state, work = done
             seconds = time.perf_counter() - start
@@ -261,21 +282,18 @@ def _one_round(
     this: Run,
     made: RoundInput,
     state: ServerState,
-    stop: list[int],
     bar: Any,
     shown: Mapping[str, str],
 ) -> tuple[ServerState, _Work] | None:
     """One round on the devices; None if it was asked to stop."""
-    by_client = cohort.by_client(this.device.mesh)
     acc = this.programs.begin(state)
     infos: list[tuple[tuple[str, ...], ClientInfo]] = []
     tiles, device_seconds, visited = 0, 0.0, 0
     for prepared in made.chunks:
-        if stop:
+        if this.stop:
             return None
         start = time.perf_counter()
-        chunk = jax.device_put(prepared.chunk, by_client)
-        acc, _, info = this.programs.visit(acc, state, chunk, this.device.pool)
+        acc, _, info = this.programs.visit(acc, state, prepared.chunk)
         jax.block_until_ready(info)
         device_seconds += time.perf_counter() - start
         infos.append((prepared.clients, info))
@@ -290,7 +308,7 @@ def _one_round(
                     "finite. Lower the learning rates; the last checkpoint is whole."
                 )
     try:
-        release = placed(made.release(), this.device)
+        release = made.release()
     except AbortedRoundError as aborted:
         this.say(f"Round {made.round_index + 1} opened nothing: {aborted}")
         return state, _Work(infos, tiles, device_seconds)
@@ -365,16 +383,16 @@ def _validate(this: Run, state: ServerState, shown: dict[str, str]) -> dict[str,
     return {"validation": scores}
 
 
-def _start(this: Run, charges: ChargeLog) -> tuple[ServerState, Position]:
+def _start(this: Run) -> tuple[ServerState, Position]:
     """The newest checkpoint, or the beginning."""
     state = this.device.state
     if this.checkpoints.latest_round is None:
         this.log.cut_back(0)
         return state, Position(0, this.ledger.to_json(), "", 0.0, 0.0, 0)
     state, position = this.checkpoints.restore(state)
-    state = jax.device_put(state, cohort.replicated(this.device.mesh))
+    state = processes.restored(state, this.device)
     this.ledger.restore(position.ledger)
-    charges.rewind(position.charge_head)
+    this.charges.rewind(position.charge_head)
     this.log.cut_back(position.round)
     this.say(f"Going on after round {position.round} of {this.folder}.")
     return state, position

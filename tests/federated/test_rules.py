@@ -72,7 +72,7 @@ def test_the_divisor_of_central_is_the_expected_number(make_maker):
         site(name, placement="central", cohort_prob=0.5, relative_weight=weight)
         for name, weight in zip(NAMES, (1.0, 0.5, 0.25), strict=True)
     ]
-    maker = make_maker(sites, cohort_mode="poisson", cohort_prob=0.5)
+    maker = make_maker(sites)
     rounds = [maker.make(index) for index in range(12)]
     assert len({tuple(clients_of(made)) for made in rounds}) > 3
     for made in rounds:

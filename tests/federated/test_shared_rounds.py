@@ -55,7 +55,6 @@ def make_sites(**changes):
 SHARED = make_sites()
 CENTRAL = make_sites(placement="central")
 DISCRETE = make_sites(noise="discrete_gaussian", dimension=WORDS, levels=LEVELS, sampling_prob=0.2)
-COHORT = {"cohort_mode": "poisson", "cohort_prob": 0.4}
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def make_maker(charges, sites=SHARED, *, recorder=None, **changes):
         "context": b"data and configuration",
         "clients_per_chunk": 1,
         "num_words": 0 if is_central else WORDS,
-    } | (COHORT if is_central else {})
+    }
     return RoundMaker(**settings | changes)
 
 
@@ -356,7 +355,7 @@ def test_all_are_charged_whoever_is_drawn(charges):
 
 
 def test_an_empty_cohort_is_a_round_and_is_charged(charges):
-    maker = make_maker(charges, CENTRAL, cohort_prob=0.1)
+    maker = make_maker(charges, make_sites(placement="central", cohort_prob=0.1))
     made = find(maker, lambda made: not list(made.chunks))
     assert made.clients == NAMES
     assert charges.counts() == dict.fromkeys(NAMES, made.round_index + 1)
@@ -375,6 +374,37 @@ def test_each_client_is_drawn_by_its_own_coin(charges):
     assert abs(drawn.mean() - 0.4) < 5 * math.sqrt(0.4 * 0.6 / drawn.size)
     sizes = drawn.sum(1)
     assert len(set(sizes)) > 3  # no fixed size
+
+
+def test_clients_are_drawn_with_the_probability_that_is_accounted(charges):
+    """The mechanism's, whatever it is; it is the one that the row's event amplifies by."""
+    probs, rounds = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0), 150
+    sites = tuple(
+        dataclasses.replace(site, mechanism=dataclasses.replace(site.mechanism, cohort_prob=p))
+        for site, p in zip(CENTRAL, probs, strict=True)
+    )
+    maker = make_maker(charges, sites)
+    cohorts = [by_client(maker.make(index)) for index in range(rounds)]
+    drawn = np.array([[name in cohort for name in NAMES] for cohort in cohorts])
+    for site, p, share in zip(sites, probs, drawn.mean(0), strict=True):
+        event = site.mechanism.headline.event
+        assert getattr(event, "sampling_probability", 1.0) == p
+        assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / rounds)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"cohort_mode": "poisson", "cohort_prob": 0.1},
+        {"cohort_mode": "poisson", "cohort_prob": 0.4},  # nothing may say it a second time
+        {"cohort_mode": "fixed", "cohort_size": 2},
+    ],
+)
+def test_a_cohort_beside_the_accounted_one_is_refused(charges, given):
+    with pytest.raises(ValueError, match=r"cohort_prob of their mechanisms, 0\.4") as refused:
+        make_maker(charges, CENTRAL, **given)
+    assert all(f"{name}={value!r}" in str(refused.value) for name, value in given.items())
+    assert charges.counts() == {}
 
 
 def test_the_divisor_does_not_depend_on_the_draw(charges):
@@ -406,7 +436,10 @@ def test_the_divisor_is_of_those_who_have_budget(charges):
 
 
 def test_clients_carry_the_mechanisms_weight_and_no_noise(charges):
-    for name, client in by_client(make_maker(charges, CENTRAL, cohort_prob=1.0).make(0)).items():
+    always = make_sites(placement="central", cohort_prob=1.0)
+    clients = by_client(make_maker(charges, always).make(0))
+    assert set(clients) == set(NAMES)
+    for name, client in clients.items():
         expected = CENTRAL[NAMES.index(name)].mechanism.relative_weight
         assert client.constants.weight == np.float32(expected)
         assert client.constants.noise_stddev == 0.0

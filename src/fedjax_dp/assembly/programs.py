@@ -118,12 +118,13 @@ def make_device(
             "clients_per_block": execution.clients_per_block,
             "microbatch_size": microbatch_size,
             "devices": mesh.size,
+            "processes": jax.process_count(),
             "conv_variant": model.conv_variant,
         },
         algorithm=algorithm,
         apply=model.apply,
-        state=jax.device_put(algorithm.init(params), everywhere),
-        pool=jax.device_put(TilePool(table.images, table.labels), everywhere),
+        state=cohort.place(algorithm.init(params), everywhere),
+        pool=cohort.place(TilePool(table.images, table.labels), everywhere),
         num_words=model.dimension + config.privacy.adaptive_clip,
     )
 
@@ -196,9 +197,10 @@ class Programs(NamedTuple):
     """What runs on the devices: every function compiled, once, before the first round.
 
     Attributes:
-        begin: see `FederatedAlgorithm`.
-        visit: see `FederatedAlgorithm`.
-        finish: see `FederatedAlgorithm`.
+        begin: `begin(state) -> acc`.
+        visit: `visit(acc, state, chunk) -> (acc, client_state, info)`, the chunk as the host
+            prepared it; `acc` is used up.
+        finish: `finish(state, acc, release) -> state`, the release as the host prepared it.
         evaluator: counts pixels.
         compile_seconds: of all of them.
     """
@@ -218,22 +220,34 @@ def compile_programs(
     Args:
         config: the run's.
         device: from `make_device`.
-        chunk: a chunk of the shapes and sharding that every call will have.
-        release: a release of the shapes that every call will have.
+        chunk: a chunk of the shapes that every call will have, on the host.
+        release: a release of the shapes that every call will have, on the host.
     """
     start = time.perf_counter()
     algorithm, state = device.algorithm, device.state
     everywhere, by_client = cohort.replicated(device.mesh), cohort.by_client(device.mesh)
+
+    def opening(release: ServerRelease) -> ServerRelease:
+        if len(release.noise_key):
+            key = jax.random.wrap_key_data(release.noise_key, impl="threefry2x32")
+            release = release._replace(noise_key=key)
+        return cohort.place(release, everywhere)
+
     begin = jax.jit(algorithm.begin, out_shardings=everywhere).lower(state).compile()
     acc = begin(state)
+    # What clients report goes everywhere: the process that keeps the log cannot reach all devices.
     visit = (
-        jax.jit(algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, by_client))
-        .lower(acc, state, chunk, device.pool)
+        jax.jit(
+            algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, everywhere)
+        )
+        .lower(acc, state, cohort.place(chunk, by_client), device.pool)
         .compile()
     )
     # The state is not donated: a run that is stopped between call and assignment still has it.
     finish = (
-        jax.jit(algorithm.finish, out_shardings=everywhere).lower(state, acc, release).compile()
+        jax.jit(algorithm.finish, out_shardings=everywhere)
+        .lower(state, acc, opening(release))
+        .compile()
     )
     evaluator = Evaluator(
         device.apply,
@@ -242,7 +256,15 @@ def compile_programs(
         batch_size=config.execution.eval_batch_size,
         mesh=device.mesh,
     )
-    return Programs(begin, visit, finish, evaluator, time.perf_counter() - start)
+    return Programs(
+        begin=begin,
+        visit=lambda acc, state, chunk: visit(
+            acc, state, cohort.place(chunk, by_client), device.pool
+        ),
+        finish=lambda state, acc, release: finish(state, acc, opening(release)),
+        evaluator=evaluator,
+        compile_seconds=time.perf_counter() - start,
+    )
 
 
 def examples(
@@ -270,16 +292,4 @@ def examples(
             np.zeros((steps, slots), np.int32),
         ),
     )
-    chunk = cohort.stack_chunk([client] * clients_per_chunk)
-    return (
-        jax.device_put(chunk, cohort.by_client(device.mesh)),
-        placed(release, device),
-    )
-
-
-def placed(release: ServerRelease, device: Device) -> ServerRelease:
-    """The release on the devices, its key typed."""
-    if len(release.noise_key):
-        key = jax.random.wrap_key_data(release.noise_key, impl="threefry2x32")
-        release = release._replace(noise_key=key)
-    return jax.device_put(release, cohort.replicated(device.mesh))
+    return cohort.stack_chunk([client] * clients_per_chunk), release

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -30,18 +31,25 @@ class CohortChunk(NamedTuple):
 
 
 def client_mesh(num_devices: int = 0) -> Mesh:
-    """A mesh of one axis, `clients`, over the first `num_devices` local devices (0 = all).
+    """A mesh of one axis, `clients`, over the first `num_devices` of every process (0 = all).
 
     Raises:
-        ValueError: if there are fewer devices.
+        ValueError: if a process has fewer devices.
     """
-    devices = jax.devices()
-    if num_devices < 0 or num_devices > len(devices):
-        raise ValueError(
-            f"Expected execution.devices between 0 (all) and {len(devices)}, got {num_devices}."
-        )
-    chosen = np.array(devices[: num_devices or len(devices)])
-    return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
+    chosen: list[jax.Device] = []
+    for process in range(jax.process_count()):
+        devices = jax.local_devices(process_index=process)
+        if num_devices < 0 or num_devices > len(devices):
+            raise ValueError(
+                f"Expected execution.devices between 0 (all) and {len(devices)}, got {num_devices}."
+            )
+        chosen += devices[: num_devices or len(devices)]
+    return Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The part of `mesh` that this process can reach; `mesh` itself where that is all of it."""
+    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -52,6 +60,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_client(mesh: Mesh) -> NamedSharding:
     """Where the leaves of a `CohortChunk` live: the leading axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays of the host on the devices of `sharding`, also where processes share them.
+
+    Every process calls it with the same values. Unlike `jax.device_put` it does not compare them
+    between processes, which would be a collective for every leaf.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return typed_keys(jax.tree.map(one, raw_keys(tree)), tree)
+
+
+def fetch(tree: Any, mesh: Mesh) -> Any:
+    """Replicated arrays, as the devices of `local_mesh(mesh)` hold them."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+        return tree
+    here = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return jax.device_put(here, replicated(local_mesh(mesh)))
+
+
+def raw_keys(tree: Any) -> Any:
+    """The tree with its typed keys as uint32 [..., 2], which can leave a process."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def typed_keys(tree: Any, like: Any) -> Any:
+    """The reverse of `raw_keys`; `like` tells which leaves were keys."""
+    wrap = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
+    return jax.tree.map(lambda leaf, old: wrap(leaf) if _is_key(old) else leaf, tree, like)
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed keys."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
 
 
 def visit_clients(

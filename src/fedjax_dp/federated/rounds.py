@@ -89,6 +89,9 @@ class RoundInput(NamedTuple):
 class RoundMaker:
     """Makes the inputs of rounds; the only place that charges and derives randomness.
 
+    Whom "central" draws is accounted for: the probability is that of each client's mechanism, and
+    there is no other. A cohort of another placement is public, amplifies nothing, and is given.
+
     Attributes:
         sites: the clients.
         secrets: their secrets.
@@ -97,11 +100,14 @@ class RoundMaker:
         environment: see `workdir.environment_hash`.
         context: hash of data and configuration, part of every derivation.
         clients_per_chunk: slots of a chunk.
-        cohort_mode: see `data.sampling.draw_cohort`.
+        cohort_mode: see `data.sampling.draw_cohort`; left at "all" for "central".
         cohort_size: with "fixed".
-        cohort_prob: with "poisson".
+        cohort_prob: with "poisson"; not of "central".
         num_words: length of a message under secure aggregation.
         dropout_prob: with which a client is lost, in the simulation of "distributed".
+
+    Raises:
+        ValueError: a cohort is given for "central".
     """
 
     sites: Sequence[Site]
@@ -116,6 +122,21 @@ class RoundMaker:
     cohort_prob: float | None = None
     num_words: int = 0
     dropout_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        given = self.cohort_mode, self.cohort_size, self.cohort_prob
+        if self._is_central and given != ("all", None, None):
+            probs = sorted({site.mechanism.cohort_prob for site in self.sites})
+            raise ValueError(
+                "Expected no cohort beside the accounted one for placement central, got "
+                f"cohort_mode={self.cohort_mode!r}, cohort_size={self.cohort_size}, "
+                f"cohort_prob={self.cohort_prob}. Clients are drawn with the cohort_prob of their "
+                f"mechanisms, {', '.join(map(str, probs))}: change it there, where it is accounted."
+            )
+
+    @property
+    def _is_central(self) -> bool:
+        return any(site.mechanism.placement == "central" for site in self.sites)
 
     def make(self, index: int) -> RoundInput | None:
         """Charges round `index`, durably, and returns it; None once no client may go on.
@@ -156,6 +177,10 @@ class RoundMaker:
     def _cohort(self, index: int, nonce: int) -> list[Site]:
         # With nonce 0 a replay finds the same cohort: who takes part is then no client's secret.
         rng = self.secrets.rng(SERVER, index, Purpose.COHORT, nonce, self.context)
+        if self._is_central:
+            probs = [site.mechanism.cohort_prob for site in self.sites]
+            coins = rng.random(len(probs)) < np.array(probs)
+            return [site for site, is_drawn in zip(self.sites, coins, strict=True) if is_drawn]
         drawn = draw_cohort(
             rng,
             len(self.sites),
