@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WANTED := $(PYTHON)
 PYTHON ?= python3
 
-.PHONY: demo test test-fast lint clean interpreter
+.PHONY: demo test test-fast lint clean interpreter bench-peers
 .DELETE_ON_ERROR:
 
 interpreter:
@@ -39,3 +39,20 @@ lint: interpreter $(STAMP)
 
 clean:
 	rm -rf runs/demo .pytest_cache .ruff_cache .mypy_cache
+
+# Beside PyTorch, Opacus, jax_privacy and Flower, in an environment of their own; about 15 minutes
+# of an idle machine. More arguments: make bench-peers PEERS_FLAGS="--columns=16:128:8 --repeats=15"
+PEERS := .venv-peers
+PEERS_PYTHON ?= python3.11
+PEERS_FLAGS ?=
+PEERS_OUTPUT ?= benchmarks/results/peers.jsonl
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt pyproject.toml
+	test -x $(PEERS)/bin/python || $(PEERS_PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check "$$(grep '^torch==' $<)"
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r $< --editable .
+	@touch $@
+
+bench-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks.peers.clipping --output=$(PEERS_OUTPUT) $(PEERS_FLAGS)
+	$(PEERS)/bin/python -m benchmarks.peers.round --output=$(PEERS_OUTPUT) $(PEERS_ROUND_FLAGS)
