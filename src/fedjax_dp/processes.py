@@ -67,7 +67,8 @@ def leading(programs: Programs) -> Iterator[Programs]:
 
     def visit(acc: Any, state: ServerState, chunk: CohortChunk) -> Any:
         _tell(_Order.VISIT, chunk)
-        return programs.visit(acc, state, chunk)
+        # Two programs under way at once could reach their collectives in different orders.
+        return jax.block_until_ready(programs.visit(acc, state, chunk))
 
     def finish(state: ServerState, acc: Any, release: ServerRelease) -> ServerState:
         _tell(_Order.FINISH, release)

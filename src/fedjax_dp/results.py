@@ -28,6 +28,9 @@ from fedjax_dp.reporting.summary import ComparisonRow, epsilon_text
 from fedjax_dp.segmentation.metrics import summarise
 from fedjax_dp.workdir import versions
 
+_MOST_NAMES = 8
+"""Clients alike that are named in one line; a population has thousands."""
+
 
 def finished(folder: pathlib.Path) -> dict[str, Any] | None:
     """The summary of a run that has finished in `folder`, or None."""
@@ -51,11 +54,12 @@ def describe(config: Config, federation: Federation, sites: Sites) -> list[str]:
         return lines
     lines.append(f"Placement {privacy.placement}, unit {sites.unit} ({sites.unit_note}):")
     rounds = config.federation.rounds
+    alike: dict[str, list[str]] = {}
     for site in sites.sites:
         mechanism = site.mechanism
         epsilon = mechanism.epsilon(rounds, privacy.target_delta)
-        lines.append(
-            f"  {site.name}: {mechanism.num_units} units, q {mechanism.sampling_prob:.4g}, noise "
+        text = (
+            f"{mechanism.num_units} units, q {mechanism.sampling_prob:.4g}, noise "
             f"multiplier {mechanism.noise_multiplier:.4g}, {rounds} rounds: epsilon {epsilon:.3f} "
             f"at delta {privacy.target_delta:g}"
             + "".join(
@@ -66,6 +70,11 @@ def describe(config: Config, federation: Federation, sites: Sites) -> list[str]:
                 if unit != mechanism.headline.unit
             )
         )
+        alike.setdefault(text, []).append(site.name)
+    for text, who in alike.items():
+        named = ", ".join(who[:_MOST_NAMES])
+        others = f" and {len(who) - _MOST_NAMES} more" if len(who) > _MOST_NAMES else ""
+        lines.append(f"  {named}{others}: {text}")
     lines += [f"Warning: {warning}" for warning in sites.warnings]
     if config.seed >= 0:
         lines.append("Warning: an integer seed makes the noise reproducible: NOT private.")

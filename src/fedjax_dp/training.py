@@ -30,7 +30,7 @@ from fedjax_dp.data.federation import Federation, fingerprint, site_sources
 from fedjax_dp.data.sources import holdings
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
-from fedjax_dp.federated.rounds import RoundInput, RoundMaker, ahead
+from fedjax_dp.federated.rounds import ChunkInput, RoundInput, RoundMaker, ahead
 from fedjax_dp.interrupts import Stopped, noted_signals
 from fedjax_dp.privacy.clipping import UnitSums
 from fedjax_dp.privacy.ledger import ChargeLog, Ledger
@@ -200,7 +200,7 @@ def _lead(this: Run, held: Any, data_fingerprint: str) -> dict[str, Any]:
         sites=this.sites,
         evaluator=this.programs.evaluator,
         params=state.averaged_params,
-        lines=this.log.lines,
+        lines=this.log.lines(),
         charged=charges.counts(),
         position=position,
         compile_seconds=this.programs.compile_seconds,
@@ -227,7 +227,7 @@ def _rounds(
     shown: dict[str, str] = {}
     rounds = ahead(maker.make, position.round, last)
     with bar, contextlib.closing(rounds):
-        if not this.log.lines:
+        if this.log.last_round is None:
             this.log.append({"round": 0, "nonprivate": _validate(this, state, shown)})
             results.draw_overlays(
                 this.folder, this.federation, this.programs.evaluator, state.averaged_params
@@ -261,7 +261,7 @@ def _rounds(
             if number % config.checkpoint_every == 0 or number == last:
                 this.checkpoints.save(state, position)
             if "validation" in line["nonprivate"]:
-                results.draw_curves(this.folder, this.log.lines)
+                results.draw_curves(this.folder, this.log.lines())
             bar.set_postfix(shown, refresh=False)
             bar.update()
     if position.round < last:
@@ -288,20 +288,33 @@ def _one_round(
     """One round on the devices; None if it was asked to stop."""
     acc = this.programs.begin(state)
     infos: list[tuple[tuple[str, ...], ClientInfo]] = []
-    tiles, device_seconds, visited = 0, 0.0, 0
+    tiles, device_seconds = 0, 0.0
+    waiting: list[tuple[ChunkInput, ClientInfo]] = []
+
+    def take() -> None:
+        """Waits for the oldest chunk at work; its numbers leave the devices."""
+        nonlocal tiles
+        prepared, info = waiting.pop(0)
+        infos.append((prepared.clients, jax.device_get(info)))
+        tiles += prepared.num_tiles
+        visited = sum(len(clients) for clients, _ in infos)
+        bar.set_postfix({**shown, "clients": f"{visited}/{len(made.clients)}"})
+
     for prepared in made.chunks:
         if this.stop:
             return None
         start = time.perf_counter()
         acc, _, info = this.programs.visit(acc, state, prepared.chunk)
-        jax.block_until_ready(info)
+        waiting.append((prepared, info))
+        if len(waiting) > 1:  # one chunk is handed over while another is at work
+            take()
         device_seconds += time.perf_counter() - start
-        infos.append((prepared.clients, info))
-        tiles += prepared.num_tiles
-        visited += len(prepared.clients)
-        bar.set_postfix({**shown, "clients": f"{visited}/{len(made.clients)}"})
+    start = time.perf_counter()
+    while waiting:
+        take()
+    device_seconds += time.perf_counter() - start
     for clients, info in infos:
-        for client, is_finite in zip(clients, np.asarray(info.is_finite), strict=False):
+        for client, is_finite in zip(clients, info.is_finite, strict=False):
             if not is_finite:
                 raise RuntimeError(
                     f"Round {made.round_index + 1}: the message of client {client!r} is not "
@@ -339,7 +352,7 @@ def _line(
     worst = max(epsilon.values())
     shown["epsilon"] = "infinite" if math.isinf(worst) else f"{worst:.2f}"
     nobody = NonPrivate(UnitSums(*np.zeros(len(UnitSums._fields))))  # a cohort may be empty
-    sums = [nobody, *(jax.tree.map(np.asarray, info.units) for _, info in work.infos)]
+    sums = [nobody, *(info.units for _, info in work.infos)]
     total = jax.tree.map(lambda *parts: float(sum(part.sum() for part in parts)), *sums)
     units = max(total.value.units, 1.0)
     shown["loss"] = f"{total.value.loss / units:.3f}"
@@ -357,7 +370,7 @@ def _line(
             "update_norm": {
                 client: float(norm)
                 for clients, info in work.infos
-                for client, norm in zip(clients, np.asarray(info.update_norm.value), strict=False)
+                for client, norm in zip(clients, info.update_norm.value, strict=False)
             },
         }
     )

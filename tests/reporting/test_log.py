@@ -45,7 +45,7 @@ def test_lines_come_back_as_they_were_written(tmp_path):
             {"round": 1, "epsilon": {"max": "infinity"}, "sites": ["a"]},
             {"round": 2, "epsilon": {"max": 0.5}, "seconds": 2.0},
         ]
-        assert log.lines == expected
+        assert log.lines() == expected
         assert read_lines(path) == expected  # already there, before the log is closed
     assert read_events(path.parent) == {("epsilon/max", 2): 0.5, ("seconds", 2): 2.0}
 
@@ -76,7 +76,7 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     with open(path, "ab") as file:
         file.write(torn)
     with MetricsLog(path) as log:
-        assert [line["round"] for line in log.lines] == [1, 2]
+        assert [line["round"] for line in log.lines()] == [1, 2]
         assert path.read_bytes() == whole
         log.append({"round": 3})
     assert [line["round"] for line in read_lines(path)] == [1, 2, 3]

@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,13 @@ class ChargeLog:
             self._lock()
             if is_new:
                 journal.sync_new(self._file)
-            self._records = self._read()
+            # Rounds x clients names would fill the memory of a long run over a large population.
+            self._cohorts: dict[tuple[str, ...], list[str]] = {}
+            self._rounds: dict[int, list[dict[str, Any]]] = {}
+            self._digests: set[str] = set()
+            self._totals: dict[str, int] = {}
+            for record in self._read():
+                self._keep(record)
         except BaseException:
             self._file.close()
             raise
@@ -125,7 +131,7 @@ class ChargeLog:
 
     def rewind(self, head: str) -> None:
         """Declares the state restored to the checkpoint that saved `head`."""
-        if head and head not in {_digest(record) for record in self._records}:
+        if head and head not in self._digests:
             raise ValueError(
                 f"The checkpoint's {head=} is of no charge in {self.path}: checkpoint and charges "
                 "belong to different runs."
@@ -153,7 +159,7 @@ class ChargeLog:
         members = sorted(_check_clients(clients))
         record = self._find(round_index, members, environment)
         if record is None:
-            taken = [r["nonce"] for r in self._records if r["round"] == round_index]
+            taken = [r["nonce"] for r in self._rounds.get(round_index, ())]
             record = {
                 "round": round_index,
                 "nonce": 1 + max(taken, default=-1),
@@ -162,17 +168,13 @@ class ChargeLog:
                 "parent": self._head,
             }
             journal.append(self._file, record)
-            self._records.append(record)
+            self._keep(record)
         self._head = _digest(record)
         return int(record["nonce"])
 
     def counts(self) -> dict[str, int]:
         """Client -> rounds charged: the authoritative totals."""
-        totals: dict[str, int] = {}
-        for record in self._records:
-            for client in record["clients"]:
-                totals[client] = totals.get(client, 0) + 1
-        return totals
+        return dict(self._totals)
 
     def would_exceed(
         self,
@@ -190,15 +192,14 @@ class ChargeLog:
             limits: client -> rounds its budget allows; a client without a limit has none.
         """
         members = sorted(_check_clients(clients))
-        totals = self.counts()
+        totals = self._totals
         left = tuple(c for c in members if c in limits and totals.get(c, 0) + 1 > limits[c])
         # A replay finds the totals of the whole first attempt, in which more clients may have gone
         # since: the round's own charge tells who took part. Whoever it lacks must be spent now too.
         replays = [
             record
-            for record in self._records
-            if (record["round"], record["environment"], record["parent"])
-            == (round_index, environment, self._head)
+            for record in self._rounds.get(round_index, ())
+            if (record["environment"], record["parent"]) == (environment, self._head)
             and set(members) - set(left) <= set(record["clients"]) <= set(members)
         ]
         taken = max((record["clients"] for record in replays), key=len, default=None)
@@ -217,11 +218,20 @@ class ChargeLog:
     def _find(
         self, round_index: int, members: list[str], environment: str
     ) -> dict[str, Any] | None:
-        for record in self._records:
-            key = (record["round"], record["clients"], record["environment"], record["parent"])
-            if key == (round_index, members, environment, self._head):
+        for record in self._rounds.get(round_index, ()):
+            key = (record["clients"], record["environment"], record["parent"])
+            if key == (members, environment, self._head):
                 return record
         return None
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        """Adds a record that is on disk to what is known."""
+        clients = record["clients"]
+        record["clients"] = self._cohorts.setdefault(tuple(clients), clients)
+        self._rounds.setdefault(record["round"], []).append(record)
+        self._digests.add(_digest(record))
+        for client in clients:
+            self._totals[client] = self._totals.get(client, 0) + 1
 
     def _lock(self) -> None:
         try:
@@ -233,8 +243,7 @@ class ChargeLog:
         except OSError:  # a file system without locks: go on as any program would
             pass
 
-    def _read(self) -> list[dict[str, Any]]:
-        records = []
+    def _read(self) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(journal.read_lines(self._file, cut=True), start=1):
             try:
                 record = json.loads(line)
@@ -244,8 +253,7 @@ class ChargeLog:
                     f"Line {number} of {self.path} is no charge ({error}). What was charged is "
                     "unknown: restore the file from a copy, and do not go on without it."
                 ) from error
-            records.append(record)
-        return records
+            yield record
 
 
 def _check_record(record: dict[str, Any]) -> None:

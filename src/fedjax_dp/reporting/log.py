@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from fedjax_dp.typing import NonPrivate
+
+_MOST_CURVES = 64
+"""Numbers of one kind, one a client, beyond which TensorBoard gets none; the lines have all."""
 
 
 class MetricsLog:
@@ -40,13 +43,20 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = read_lines(self.path)
-        self._rewrite()
+        self._last_round: int | None = None
+        self._open(read_lines(self.path))
 
     @property
+    def last_round(self) -> int | None:
+        """Round of the last line; None before the first."""
+        return self._last_round
+
     def lines(self) -> list[dict[str, Any]]:
-        """The lines so far, oldest first, as they read back from the file."""
-        return list(self._lines)
+        """The lines so far, oldest first, read back from the file.
+
+        They are not kept: of a large population each names thousands of clients.
+        """
+        return read_lines(self.path)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one round.
@@ -60,7 +70,7 @@ class MetricsLog:
         """
         text = to_json(line)
         plain = json.loads(text)
-        last = self._lines[-1]["round"] if self._lines else None
+        last = self._last_round
         if type(plain.get("round")) is not int or (last is not None and plain["round"] <= last):
             raise ValueError(
                 f"Expected a line with an integer 'round' after {last}, got "
@@ -69,14 +79,13 @@ class MetricsLog:
         self._file.write(text + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._lines.append(plain)
+        self._last_round = plain["round"]
         self._write_events(plain)
 
     def cut_back(self, last_round: int) -> None:
         """Forget every line after `last_round`, as after restoring a checkpoint of that round."""
         self.close()
-        self._lines = [line for line in self._lines if line["round"] <= last_round]
-        self._rewrite()
+        self._open([line for line in read_lines(self.path) if line["round"] <= last_round])
 
     def close(self) -> None:
         """Close the files; may be called twice."""
@@ -89,9 +98,9 @@ class MetricsLog:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _rewrite(self) -> None:
+    def _open(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write the lines afresh, atomically, and the events from them; leave both open."""
-        text = "".join(to_json(line) + "\n" for line in self._lines)
+        text = "".join(to_json(line) + "\n" for line in lines)
         if not self.path.exists() or self.path.read_bytes() != text.encode():
             write_text(self.path, text)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -99,11 +108,13 @@ class MetricsLog:
         for stale in folder.glob("events.out.tfevents.*"):
             stale.unlink()
         self._events = SummaryWriter(str(folder))
-        for line in self._lines:
+        self._last_round = None
+        for line in lines:
+            self._last_round = line["round"]
             self._write_events(line)
 
     def _write_events(self, line: Mapping[str, Any]) -> None:
-        for tag, value in flatten(line):
+        for tag, value in flatten(line, most=_MOST_CURVES):
             if tag != "round" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._events.add_scalar(tag, value, line["round"])
         self._events.flush()
@@ -187,11 +198,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         os.close(folder)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(tag, leaf) of nested dicts, with the keys joined by "/"."""
+def flatten(
+    tree: Mapping[str, Any], prefix: str = "", *, most: int | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(tag, leaf) of nested dicts, with the keys joined by "/".
+
+    Args:
+        tree: the dicts.
+        prefix: of every tag.
+        most: dicts of more entries are left out; None leaves none out.
+    """
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
+            if most is None or len(value) <= most:
+                yield from flatten(value, f"{prefix}{name}/", most=most)
         else:
             yield f"{prefix}{name}", value
 
