@@ -195,21 +195,29 @@ class ExecutionConfig:
     """How fast, never what.
 
     Attributes:
+        auto: time the plans that can be fastest here on the first run, and remember the choice; of
+            the settings below, what is set is kept.
         clients_per_block: clients mapped together on a device; 1 = one after another.
         microbatch_size: units computed together; 1 = a loop, large = `vmap` over all; 0 = 1 on
             CPU and 32 on accelerators.
         devices: devices of the `clients` axis in each process; 0 = all.
         processes: that an experiment starts on this machine, the cores shared out among them.
         conv_variant: "auto", or a `models.layers.ConvVariant`.
+        pool: where the training tiles lie: "resident" (whole on every device), "packed" (on the
+            host, which hands over those that a chunk of clients names) or "auto": resident where
+            they take no more than half of an accelerator's memory, or a quarter of the host's.
         eval_batch_size: tiles of an evaluation batch.
-        compilation_cache: folder of JAX's persistent compilation cache; empty = none.
+        compilation_cache: folder of JAX's persistent compilation cache, of calibrations and of
+            chosen plans, for all runs; empty = none.
     """
 
+    auto: bool = False
     clients_per_block: int = 1
     microbatch_size: int = 0
     devices: int = 0
     processes: int = 1
     conv_variant: str = "auto"
+    pool: str = "auto"
     eval_batch_size: int = 16
     compilation_cache: str = ""
 

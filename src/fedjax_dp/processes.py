@@ -7,7 +7,7 @@ there is no second channel. A process that dies breaks the next collective of al
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from fedjax_dp.assembly.programs import Device, Programs
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.algorithms.base import ServerState
-from fedjax_dp.federated.cohort import CohortChunk
+from fedjax_dp.federated.cohort import AnyChunk, CohortChunk
+from fedjax_dp.federated.packing import filled, pack, without_pixels
 from fedjax_dp.typing import ServerRelease
 
 
@@ -50,6 +51,11 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
+def agreed(numbers: Sequence[int]) -> list[int]:
+    """The leader's numbers, in every process; the others give as many."""
+    return [int(n) for n in _told(np.asarray(numbers, np.int32))]
+
+
 @contextmanager
 def leading(programs: Programs) -> Iterator[Programs]:
     """The programs of the leader: each call makes the other processes call the same.
@@ -65,8 +71,8 @@ def leading(programs: Programs) -> Iterator[Programs]:
         _tell(_Order.BEGIN)
         return programs.begin(state)
 
-    def visit(acc: Any, state: ServerState, chunk: CohortChunk) -> Any:
-        _tell(_Order.VISIT, chunk)
+    def visit(acc: Any, state: ServerState, chunk: AnyChunk) -> Any:
+        _tell(_Order.VISIT, without_pixels(chunk))
         # Two programs under way at once could reach their collectives in different orders.
         return jax.block_until_ready(programs.visit(acc, state, chunk))
 
@@ -96,15 +102,18 @@ def follow(programs: Programs, device: Device, chunk: CohortChunk, release: Serv
     Args:
         programs: compiled as the leader's are.
         device: where they run.
-        chunk: of the shapes of every chunk.
+        chunk: of the shapes of every chunk, not packed.
         release: of the shapes of every release.
     """
     state, acc = device.state, None
+    numbers = without_pixels(pack(chunk, device.packing))
     while (order := _told(np.int32(0))) != _Order.END:
         if order == _Order.BEGIN:
             acc = programs.begin(state)
         elif order == _Order.VISIT:
-            acc, _, info = programs.visit(acc, state, _told(chunk))
+            # Each process reads its own clients' tiles: pixels are not told.
+            told = filled(_told(numbers), device.packing)
+            acc, _, info = programs.visit(acc, state, told)
             jax.block_until_ready(info)  # one call at a time, as the leader does
         elif order == _Order.FINISH:
             state = programs.finish(state, acc, _told(release))
@@ -120,6 +129,8 @@ def _tell(order: _Order, payload: Any = None) -> None:
 
 def _told(payload: Any) -> Any:
     """What the leader says; in the others `payload` gives structure, shapes and dtypes alone."""
+    if jax.process_count() == 1:
+        return payload
     raw = jax.tree.map(np.asarray, cohort.raw_keys(payload))
     heard = multihost_utils.broadcast_one_to_all(raw, is_source=is_leader())
     return cohort.typed_keys(jax.tree.map(np.asarray, heard), payload)

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fedjax_dp import processes, results, workdir
+from fedjax_dp.assembly import tuning
 from fedjax_dp.assembly.federation import load_federation, with_clients
 from fedjax_dp.assembly.programs import (
     Device,
@@ -97,8 +98,9 @@ def run(
     check(config)
     say = tqdm.write if progress else (lambda _: None)
     folder = pathlib.Path(folder)
-    if config.execution.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.execution.compilation_cache)
+    cache = config.execution.compilation_cache and pathlib.Path(config.execution.compilation_cache)
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     if federation is None:
         federation = load_federation(config, progress=progress)
     by_owner, sources = federation.train, site_sources(federation)
@@ -115,10 +117,18 @@ def run(
             config,
             federation,
             dimension=model.dimension,
-            cache_dir=str(folder / "calibration"),
+            cache_dir=str((cache or folder) / "calibration"),
         )
     for line in results.describe(config, federation, sites):
         say(line)
+    choice, files = None, []
+    if config.execution.auto:
+        files = [folder / "plan.json", *([cache / "plan.json"] if cache else [])]
+        with busy("Timing execution plans", show=progress):
+            choice = _choice(config, federation, sites, files)
+        say(tuning.describe(choice))
+        config = tuning.with_plan(config, choice.plan)
+        model = make_model(config, len(federation.class_names))
     device = make_device(config, federation, model, sites, jax.random.key(max(config.seed, 0)))
     per_chunk = device.mesh.size * config.execution.clients_per_block
     with busy("Compiling", show=progress):
@@ -131,6 +141,8 @@ def run(
     held = holdings(by_owner, federation.train, sources)
     with processes.leading(programs) as programs, contextlib.ExitStack() as stack:
         workdir.claim(folder, experiment, config, data_fingerprint)
+        if choice is not None:
+            tuning.remember(choice, files)
         stop = stack.enter_context(noted_signals())
         this = Run(
             config=config,
@@ -151,6 +163,18 @@ def run(
             progress=progress,
         )
         return _lead(this, held, data_fingerprint)
+
+
+def _choice(
+    config: Config, federation: Federation, sites: Sites, files: Sequence[pathlib.Path]
+) -> tuning.Choice:
+    """The execution plan: the workdir's own, so that a replay stays free; the cache's; or timed."""
+    plans = tuning.candidates(config, jax.default_backend(), len(sites.sites))
+    choice = tuning.Choice(plans[0], {}, "")
+    if processes.is_leader():
+        choice = tuning.choose(config, federation, sites, remembered=files)
+    number = processes.agreed([plans.index(choice.plan)])[0]
+    return choice._replace(plan=plans[number])
 
 
 def _lead(this: Run, held: Any, data_fingerprint: str) -> dict[str, Any]:
@@ -189,6 +213,7 @@ def _lead(this: Run, held: Any, data_fingerprint: str) -> dict[str, Any]:
         cohort_prob=None if is_central else config.federation.cohort_prob or None,
         num_words=this.device.num_words,
         dropout_prob=config.federation.dropout_prob,
+        packing=this.device.packing,
     )
     state, position = _rounds(this, maker, state, position)
     registration.close(charges.counts())

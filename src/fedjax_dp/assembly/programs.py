@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fedjax_dp.assembly.pools import resolve_pool
 from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.checkpoint import load_params
 from fedjax_dp.config import Config
 from fedjax_dp.data.federation import Federation
+from fedjax_dp.data.tiles import TileArrays
 from fedjax_dp.evaluation import Evaluator
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.aggregators import noised_sum, secure_sum
@@ -20,6 +22,7 @@ from fedjax_dp.federated.algorithms.base import FederatedAlgorithm, ServerState
 from fedjax_dp.federated.algorithms.fed_avg import fed_avg
 from fedjax_dp.federated.algorithms.opened_sum import opened_sum
 from fedjax_dp.federated.client import client_update
+from fedjax_dp.federated.packing import Packing, pack, pool_capacity
 from fedjax_dp.federated.rounds import client_constants
 from fedjax_dp.federated.share import masked_share
 from fedjax_dp.models.layers import default_conv_variant
@@ -30,7 +33,14 @@ from fedjax_dp.privacy.fixed_point import fixed_point
 from fedjax_dp.privacy.mechanism import Mechanism
 from fedjax_dp.privacy.noise import NOISE_REACH
 from fedjax_dp.segmentation.objective import segmentation_loss
-from fedjax_dp.typing import ApplyFn, ClientKeys, ClientPlan, ServerRelease, TilePool
+from fedjax_dp.typing import (
+    ApplyFn,
+    ClientKeys,
+    ClientPlan,
+    ClientPools,
+    ServerRelease,
+    TilePool,
+)
 
 
 class Model(NamedTuple):
@@ -76,8 +86,9 @@ class Device(NamedTuple):
         algorithm: the federated algorithm.
         apply: the model.
         state: the initial state, on the devices.
-        pool: the training tiles, on the devices.
+        pool: the training tiles, on the devices; None where they are packed.
         num_words: length of a message under secure aggregation.
+        packing: how the tiles of a chunk are packed; None where the pool is on the devices.
     """
 
     mesh: Mesh
@@ -85,24 +96,32 @@ class Device(NamedTuple):
     algorithm: FederatedAlgorithm
     apply: ApplyFn
     state: ServerState
-    pool: TilePool
+    pool: TilePool | None
     num_words: int
+    packing: Packing | None = None
 
 
 def make_device(
-    config: Config, federation: Federation, model: Model, sites: Sites, init_key: Any
+    config: Config,
+    federation: Federation,
+    model: Model,
+    sites: Sites,
+    init_key: Any,
+    *,
+    mesh: Mesh | None = None,
 ) -> Device:
     """Algorithm, initial state and tile pool, placed on the devices.
 
     Args:
         config: the run's.
-        federation: its training tiles become the pool.
+        federation: its training tiles become the pool, or what it is packed from.
         model: from `make_model`.
         sites: from `make_sites`.
         init_key: typed key of the initial parameters.
+        mesh: instead of the one that the configuration names.
     """
     execution = config.execution
-    mesh = cohort.client_mesh(execution.devices)
+    mesh = cohort.client_mesh(execution.devices) if mesh is None else mesh
     # A loop over single units is fastest on CPU; a GPU wants many at once.
     on_cpu = jax.default_backend() == "cpu"
     microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
@@ -112,6 +131,16 @@ def make_device(
     algorithm = _algorithm(config, model, sites, params, mesh, microbatch_size)
     everywhere = cohort.replicated(mesh)
     table = federation.train
+    pool, packing = None, None
+    where = resolve_pool(execution.pool, table, mesh)
+    if where == "packed":
+        packing = Packing(
+            TileArrays(table.images, table.labels),
+            _capacity(sites),
+            cohort.local_slots(mesh, execution.clients_per_block),
+        )
+    else:
+        pool = cohort.place(TilePool(table.images, table.labels), everywhere)
     return Device(
         mesh=mesh,
         plan={
@@ -120,13 +149,28 @@ def make_device(
             "devices": mesh.size,
             "processes": jax.process_count(),
             "conv_variant": model.conv_variant,
+            # The bits are the same, but of two programs no compiler promises that.
+            "pool": where,
         },
         algorithm=algorithm,
         apply=model.apply,
         state=cohort.place(algorithm.init(params), everywhere),
-        pool=cohort.place(TilePool(table.images, table.labels), everywhere),
+        pool=pool,
         num_words=model.dimension + config.privacy.adaptive_clip,
+        packing=packing,
     )
+
+
+def _plan_shape(sites: Sites) -> tuple[int, int, int]:
+    """(S, U, T) of every client's plan."""
+    mechanism = sites.sites[0].mechanism
+    slots = max(site.num_slots for site in sites.sites)
+    return mechanism.local_steps, slots, mechanism.tiles_per_unit
+
+
+def _capacity(sites: Sites) -> int:
+    """Room of a client's own pool."""
+    return pool_capacity([sum(map(len, s.unit_tiles)) for s in sites.sites], *_plan_shape(sites))
 
 
 def _algorithm(
@@ -199,7 +243,7 @@ class Programs(NamedTuple):
     Attributes:
         begin: `begin(state) -> acc`.
         visit: `visit(acc, state, chunk) -> (acc, client_state, info)`, the chunk as the host
-            prepared it; `acc` is used up.
+            prepared it, packed where tiles are; `acc` is used up.
         finish: `finish(state, acc, release) -> state`, the release as the host prepared it.
         evaluator: counts pixels.
         compile_seconds: of all of them.
@@ -220,7 +264,7 @@ def compile_programs(
     Args:
         config: the run's.
         device: from `make_device`.
-        chunk: a chunk of the shapes that every call will have, on the host.
+        chunk: a chunk of the shapes that every call will have, on the host and not packed.
         release: a release of the shapes that every call will have, on the host.
     """
     start = time.perf_counter()
@@ -233,6 +277,12 @@ def compile_programs(
             release = release._replace(noise_key=key)
         return cohort.place(release, everywhere)
 
+    def placed(chunk: cohort.AnyChunk) -> tuple[cohort.CohortChunk, TilePool | ClientPools | None]:
+        there = cohort.place(chunk, by_client)
+        if isinstance(there, cohort.PackedChunk):
+            return there.cohort, there.pools
+        return there, device.pool
+
     begin = jax.jit(algorithm.begin, out_shardings=everywhere).lower(state).compile()
     acc = begin(state)
     # What clients report goes everywhere: the process that keeps the log cannot reach all devices.
@@ -240,7 +290,7 @@ def compile_programs(
         jax.jit(
             algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, everywhere)
         )
-        .lower(acc, state, cohort.place(chunk, by_client), device.pool)
+        .lower(acc, state, *placed(pack(chunk, device.packing)))
         .compile()
     )
     # The state is not donated: a run that is stopped between call and assignment still has it.
@@ -258,9 +308,7 @@ def compile_programs(
     )
     return Programs(
         begin=begin,
-        visit=lambda acc, state, chunk: visit(
-            acc, state, cohort.place(chunk, by_client), device.pool
-        ),
+        visit=lambda acc, state, chunk: visit(acc, state, *placed(chunk)),
         finish=lambda state, acc, release: finish(state, acc, opening(release)),
         evaluator=evaluator,
         compile_seconds=time.perf_counter() - start,
@@ -272,8 +320,7 @@ def examples(
 ) -> tuple[cohort.CohortChunk, ServerRelease]:
     """A chunk and a release of the shapes every one has, holding nobody's randomness."""
     mechanism = sites.sites[0].mechanism
-    slots = max(site.num_slots for site in sites.sites)
-    steps, tiles = mechanism.local_steps, mechanism.tiles_per_unit
+    steps, slots, tiles = _plan_shape(sites)
     keys, release = ClientKeys(np.zeros(2, np.uint32), np.zeros(2, np.uint32)), ServerRelease()
     if mechanism.placement == "distributed":
         words = np.zeros(device.num_words, np.uint32)

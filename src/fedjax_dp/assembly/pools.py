@@ -1,0 +1,55 @@
+"""Whether the training tiles lie on the devices, or are packed for each chunk from the host's."""
+
+import os
+from typing import Literal, get_args
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from fedjax_dp.data.tiles import TileTable
+
+PoolPlace = Literal["auto", "resident", "packed"]
+
+DEVICE_SHARE = 0.5
+"""Of an accelerator's memory, what a resident pool may take: the network needs the rest."""
+
+HOST_SHARE = 0.25
+"""Of the host's memory, what resident pools may take on CPU: the host's own copy is there, too."""
+
+
+def resolve_pool(setting: str, table: TileTable, mesh: Mesh) -> str:
+    """Where the pool lies: "resident" or "packed", in every process the same.
+
+    Args:
+        setting: `config.ExecutionConfig.pool`; "auto" is resident where it fits.
+        table: the training tiles; they are not read.
+        mesh: the devices.
+
+    Raises:
+        ValueError: an unknown setting.
+    """
+    if setting not in get_args(PoolPlace):
+        raise ValueError(f"Expected execution.pool in {get_args(PoolPlace)}, got {setting!r}.")
+    if setting != "auto":
+        return setting
+    fits = pool_bytes(table) <= room(mesh)
+    if jax.process_count() > 1:  # one that has no room decides for all: they share one program
+        fits = bool(multihost_utils.process_allgather(np.bool_(fits)).all())
+    return "resident" if fits else "packed"
+
+
+def pool_bytes(table: TileTable) -> int:
+    """Bytes of all training tiles and their labels."""
+    return int(np.prod(table.images.shape) + np.prod(table.labels.shape))
+
+
+def room(mesh: Mesh) -> int:
+    """Bytes that a resident pool may take on each of this process's devices."""
+    devices = mesh.local_devices
+    if devices[0].platform == "cpu":  # all of them share the host's memory
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(HOST_SHARE * memory / len(devices))
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return int(DEVICE_SHARE * min(limits))
