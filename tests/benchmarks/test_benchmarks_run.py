@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import accounting, clipping, machine, round, startup
+from benchmarks import accounting, clipping, input_pipeline, machine, round, startup
 from fedjax_dp.privacy import pld
 
 KEYS = {"benchmark", "name", "tiles_per_second", "peak_bytes", "compile_seconds", "settings"}
@@ -154,6 +154,47 @@ def test_populations_are_measured_in_processes_of_their_own(monkeypatch):
     assert all(record.settings["compiles"] == 0 for record in records)
     assert all(record.process_bytes > 0 for record in records)
     assert {v.measure.split(",")[0] for v in verdicts} == {"memory", "time of a tile"}
+
+
+@pytest.mark.slow
+def test_input_pipeline(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    setup = input_pipeline.Setup(
+        clients=2, units=2, tiles_per_unit=2, local_steps=1, store_bytes=1_000_000,
+        given_bytes=900_000_000, **SHAPE,
+    )  # fmt: skip
+    (packed, resident), verdicts = input_pipeline.measure(setup, repeats=2)
+    assert (packed.name, resident.name) == ("packed", "resident")
+    # The seed is the same, and so are the draws.
+    assert packed.settings["tiles_per_block"] == resident.settings["tiles_per_block"] > 0
+    assert packed.settings["chunks"] == 2 * (2 * 2 - 2)  # two of each block are made before it
+    assert packed.settings["compiles"] == resident.settings["compiles"] == 0
+    assert packed.settings["packing_cpu_share"] > 5 * resident.settings["packing_cpu_share"]
+    assert 0 < packed.settings["input_cpu_share"] < 1
+    assert [v.measure.split(", 16 px")[0] for v in verdicts] == [
+        input_pipeline.DELAYED, input_pipeline.CPU, input_pipeline.SPEED,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_store_larger_than_the_memory_given_is_packed_and_cannot_be_copied(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    setup = input_pipeline.Setup(
+        clients=2, units=2, tiles_per_unit=2, local_steps=1, store_bytes=1_300_000_000,
+        given_bytes=900_000_000, **SHAPE | {"tile_size": 128},
+    )  # fmt: skip
+    for name, channels in (("images", 3), ("labels", 1)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(setup.tiles * 128**2 * channels)  # holes take no disk
+    arguments = setup.arguments(tmp_path, "packed", repeats=1)
+    with input_pipeline.child(tmp_path, arguments) as running:
+        found = running.block()
+    assert found["tiles"] > 0
+    assert 0 < found["own_bytes"] < setup.given_bytes < setup.store_bytes
+    copied = setup.arguments(tmp_path, "resident", repeats=1)
+    copied["given_bytes"] = setup.given_bytes  # the bound has power
+    with pytest.raises(RuntimeError, match="ended with code"):
+        input_pipeline.child(tmp_path, copied).__enter__()
 
 
 @pytest.mark.slow

@@ -463,3 +463,14 @@ def test_no_privacy_needs_no_noise():
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         make(**overrides)
+
+
+def test_what_is_remembered_of_a_mechanism_is_not_taken_over_by_a_changed_one():
+    asked, other = mechanism(), mechanism()
+    rows = asked.guarantees()
+    assert asked.guarantees() is rows
+    assert (asked, hash(asked), asked.descriptor()) == (other, hash(other), other.descriptor())
+    assert asked.fingerprint() == other.fingerprint()
+    changed = dataclasses.replace(asked, noise_multiplier=4.0)
+    assert changed.headline.event.event.noise_multiplier == 4.0
+    assert changed.epsilon(3, DELTA) < asked.epsilon(3, DELTA) == other.epsilon(3, DELTA)

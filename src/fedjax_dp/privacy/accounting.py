@@ -13,19 +13,20 @@ References:
     the Gaussian mechanism; arXiv 2508.15089, truncated Poisson batches.
 """
 
+import functools
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from dp_accounting import dp_event, gaussian_mechanism
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 from scipy import stats
 
 from fedjax_dp.privacy import pld, renyi
-from fedjax_dp.privacy.events import NEIGHBOURS, Parts, Relation, elementary
+from fedjax_dp.privacy.events import NEIGHBOURS, Parts, Relation, elementary, noise_of
 
 GRID = f"1/{pld.CELLS_PER_DEVIATION} of the standard deviation of a step's privacy loss"
 """In words, which grid is taken where none is given."""
@@ -33,6 +34,8 @@ GRID = f"1/{pld.CELLS_PER_DEVIATION} of the standard deviation of a step's priva
 _VERSION = importlib.metadata.version("dp-accounting")
 ACCOUNTANT = f"PLD, dp-accounting {_VERSION}"
 RENYI_ACCOUNTANT = f"RDP, dp-accounting {_VERSION}"
+
+_NO_NOISE = 1e-8  # of a Gaussian: epsilon would be above 5e15, and dp-accounting divides by zero
 
 # Below order 2 the fractional series fails to converge at large sampling probabilities.
 _RDP_ORDERS = (*np.arange(2, 11, 0.1), *range(11, 64), 128, 256, 512, 1024)
@@ -62,8 +65,18 @@ def epsilon(
 
     Raises:
         ValueError: an argument is out of range or the event is not supported.
+
+    Answers are remembered: to ask again, of any of thousands of clients that are alike, costs a few
+    microseconds.
     """
     _check(count, delta, relation)
+    return _remembered(_epsilon, event)(event, count, delta, relation, grid)
+
+
+@functools.lru_cache(maxsize=2**16)  # floats: clients that are alike, rounds that come back
+def _epsilon(
+    event: dp_event.DpEvent, count: int, delta: float, relation: Relation, grid: float | None
+) -> float:
     parts = elementary(event, count)
     if parts is None:
         return math.inf
@@ -73,8 +86,10 @@ def epsilon(
         return float(compute_epsilon(renyi.ORDERS, renyi.composed(parts, relation), delta)[0])
     multiplier = _pure_gaussian(parts, relation)
     if multiplier is not None:
+        if multiplier < _NO_NOISE:
+            return math.inf
         return float(gaussian_mechanism.get_epsilon_gaussian(multiplier, delta))
-    return float(_composed(parts, relation, grid).get_epsilon_for_delta(delta))
+    return float(max(losses.epsilon(delta) for losses in _composed(parts, relation, grid)))
 
 
 def epsilon_curve(
@@ -111,10 +126,12 @@ def delta_for(
         return float(compute_delta(renyi.ORDERS, divergences, target_epsilon)[0])
     multiplier = _pure_gaussian(parts, relation)
     if multiplier is not None:
+        if multiplier < _NO_NOISE:
+            return 1.0
         upper = stats.norm.cdf(0.5 / multiplier - target_epsilon * multiplier)
         log_lower = stats.norm.logcdf(-0.5 / multiplier - target_epsilon * multiplier)
         return max(0.0, float(upper - math.exp(target_epsilon + log_lower)))
-    return float(_composed(parts, relation, grid).get_delta_for_epsilon(target_epsilon))
+    return float(max(losses.delta(target_epsilon) for losses in _composed(parts, relation, grid)))
 
 
 def rdp_epsilon(
@@ -125,11 +142,20 @@ def rdp_epsilon(
     Where only RDP knows the event, this is `epsilon` itself.
     """
     _check(count, delta, relation)
+    return _remembered(_rdp_epsilon, event)(event, count, delta, relation)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _rdp_epsilon(
+    event: dp_event.DpEvent, count: int, delta: float, relation: Relation
+) -> float | None:
     parts = elementary(event, count)
     if parts is None:
         return math.inf
     if renyi.is_needed(parts):
         return epsilon(event, count, delta, relation)
+    if any((noise_of(part) or 1.0) < _NO_NOISE for part, _ in parts):
+        return math.inf
     accountant = RdpAccountant(_RDP_ORDERS, neighboring_relation=NEIGHBOURS[relation])
     for part, times in parts:
         if not accountant.supports(part):
@@ -144,7 +170,18 @@ def grid_for(event: dp_event.DpEvent, relation: Relation = "zero_out") -> float:
     return pld.suited_grid(parts, relation) if parts else 0.0
 
 
-def _composed(parts: Parts, relation: Relation, grid: float | None) -> PrivacyLossDistribution:
+def _remembered(
+    cached: "functools._lru_cache_wrapper[Any]", event: dp_event.DpEvent
+) -> Callable[..., Any]:
+    """`cached`, or what it wraps where `event` holds lists and cannot be a key."""
+    try:
+        hash(event)
+    except TypeError:
+        return cached.__wrapped__
+    return cached
+
+
+def _composed(parts: Parts, relation: Relation, grid: float | None) -> tuple[pld.Losses, ...]:
     return pld.composed(parts, relation, pld.suited_grid(parts, relation) if grid is None else grid)
 
 
@@ -152,9 +189,11 @@ def _pure_gaussian(parts: Parts, relation: Relation) -> float | None:
     """The noise multiplier that all of `parts` together equal, if all are Gaussian."""
     if not all(isinstance(event, dp_event.GaussianDpEvent) for event, _ in parts):
         return None
-    information = sum(times / event.noise_multiplier**2 for event, times in parts)
     distance = 2.0 if relation == "replace_one" else 1.0
-    return 1.0 / (distance * math.sqrt(information))
+    ratios = (distance / event.noise_multiplier for event, _ in parts)
+    return 1.0 / math.sqrt(
+        sum(times * ratio * ratio for ratio, (_, times) in zip(ratios, parts, strict=True))
+    )
 
 
 def _check(count: int, delta: float, relation: str) -> None:

@@ -136,7 +136,11 @@ class Mechanism(MechanismSettings):
 
     def guarantees(self) -> tuple[Guarantee, ...]:
         """Every guarantee of this client, the headline first; `placements` makes them."""
-        return placements.guarantees(self)
+        return self._guarantees
+
+    @functools.cached_property
+    def _guarantees(self) -> tuple[Guarantee, ...]:
+        return placements.guarantees(self)  # every client is asked in every round
 
     def epsilon(self, rounds: int, delta: float) -> float:
         """The headline's epsilon after `rounds` rounds."""
@@ -183,7 +187,7 @@ class Mechanism(MechanismSettings):
         return hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
-@functools.lru_cache(maxsize=4096)  # thousands of clients may be alike
+@functools.lru_cache(maxsize=2**14)  # thousands of clients may be alike
 def _calibrate(
     mechanism: Mechanism, rounds: int, target_epsilon: float, target_delta: float, cache_dir: Any
 ) -> float:
@@ -196,7 +200,7 @@ def _calibrate(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**14)
 def _max_rounds(headline: Guarantee, target_epsilon: float, delta: float, start: int | None) -> int:
     return calibration.max_rounds(
         headline.event, target_epsilon, delta, headline.accountant_relation, start=start

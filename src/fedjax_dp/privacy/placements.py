@@ -12,7 +12,7 @@ from fedjax_dp.privacy.guarantees import SERVER, Guarantee
 from fedjax_dp.privacy.settings import MechanismSettings
 
 
-@functools.lru_cache(maxsize=4096)  # asked for every client in every round
+@functools.lru_cache(maxsize=2**14)  # thousands of clients may be alike
 def guarantees(m: MechanismSettings) -> tuple[Guarantee, ...]:
     """Every guarantee of a client with these settings, the headline first."""
     rows = _ROWS[m.placement](m)

@@ -212,7 +212,7 @@ def composed(parts: Parts, relation: Relation) -> np.ndarray:
     return np.sum([times * _base_rdp(event, relation) for event, times in parts], axis=0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)  # of 1.4 KB
 def _base_rdp(event: dp_event.DpEvent, relation: Relation) -> np.ndarray:
     """Bounds of the Renyi divergences of one elementary event at `ORDERS`."""
     if isinstance(event, events.DistributedDiscreteGaussianDpEvent):
