@@ -66,13 +66,13 @@ def phases(
 
 def resident_bytes() -> int:
     """What this process holds in memory now; where the system does not tell, its peak."""
-    return _status("VmRSS") or peak_bytes()
+    return status_bytes("VmRSS") or peak_bytes()
 
 
 def peak_bytes() -> int:
     """The most this process held since it began, or since `forget_peak`."""
     # Not ru_maxrss where it can be helped: a child begins with what its parent had.
-    if peak := _status("VmHWM"):
+    if peak := status_bytes("VmHWM"):
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -87,7 +87,8 @@ def forget_peak() -> None:
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A field of this process's status, such as "VmRSS"; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith(f"{field}:"):

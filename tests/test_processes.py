@@ -19,6 +19,7 @@ from tests.runs import ROOT, charges, compiled, no_pictures, run, tiny  # noqa: 
 PLACEMENTS = {
     "none": {"privacy.placement": "none"},
     "dp_sgd": {"privacy.placement": "dp_sgd"},
+    "packed": {"privacy.placement": "dp_sgd", "execution.pool": "packed"},
     "distributed": {"privacy.placement": "distributed"},
     "central": {"privacy.placement": "central", "federation.weights": "uniform"},
 }

@@ -191,8 +191,8 @@ def test_a_budget_below_one_round_runs_none(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clients_per_block", [1, 2])
-def test_nothing_is_compiled_after_the_first_round(clients_per_block, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("clients_per_block", "pool"), [(1, "auto"), (2, "auto"), (2, "packed")])
+def test_nothing_is_compiled_after_the_first_round(clients_per_block, pool, monkeypatch, tmp_path):
     """Evaluation, checkpoints and the last summary included."""
     compiles, after_first = [], []
 
@@ -203,7 +203,8 @@ def test_nothing_is_compiled_after_the_first_round(clients_per_block, monkeypatc
     jax.monitoring.register_event_duration_secs_listener(note)
     monkeypatch.setattr(training, "compile_programs", runs.compile_programs)
     jax.clear_caches()  # else what an earlier test compiled could be used here without a trace
-    changes = {"execution.clients_per_block": clients_per_block, "eval_every": 1}
+    changes = {"execution.clients_per_block": clients_per_block, "execution.pool": pool}
+    changes["eval_every"] = 1
 
     def reached(name):
         if name == "logged 1":
@@ -213,7 +214,7 @@ def test_nothing_is_compiled_after_the_first_round(clients_per_block, monkeypatc
         run(tiny(**changes), tmp_path)
     assert after_first[0] >= 4  # begin, visit, finish and evaluation, and what makes the state
     assert compiles[after_first[0] :] == []
-    jax.jit(lambda x: x + clients_per_block)(np.ones(3))
+    jax.jit(lambda x: x + len(after_first))(np.ones(3))
     assert len(compiles) > after_first[0]  # the listener still hears
 
 
@@ -416,6 +417,7 @@ def test_a_server_that_is_not_finite_is_an_error(tmp_path):
         ({"execution.devices": 64}, "execution.devices"),
         ({"execution.microbatch_size": -1}, "microbatch_size >= 1"),
         ({"execution.clients_per_block": 0}, "clients_per_block >= 1"),
+        ({"execution.pool": "disk"}, "execution.pool.*'disk'"),
         ({"eval_every": 0}, "eval_every >= 1"),
         ({"checkpoint_every": 0}, "checkpoint_every >= 1"),
         ({"model.init_from": "nowhere"}, "init_from.*nowhere"),

@@ -58,6 +58,8 @@ class ModelConfig:
         depth: number of poolings.
         num_groups: groups of the group normalisation.
         standardize: weight-standardised convolutions.
+        compute_dtype: "float32", or "bfloat16" for speed on GPU and TPU: what convolutions
+            multiply in. Parameters, gradients, norms and noise are float32 in any case.
         init_from: workdir of a finished run whose parameters to start from; empty = random. What
             that run's data owe to privacy is its own affair: start from public (synthetic) data.
     """
@@ -66,6 +68,7 @@ class ModelConfig:
     depth: int = 4
     num_groups: int = 8
     standardize: bool = False
+    compute_dtype: str = "float32"
     init_from: str = ""
 
 

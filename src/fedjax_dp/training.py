@@ -254,9 +254,6 @@ def _rounds(
     with bar, contextlib.closing(rounds):
         if this.log.last_round is None:
             this.log.append({"round": 0, "nonprivate": _validate(this, state, shown)})
-            results.draw_overlays(
-                this.folder, this.federation, this.programs.evaluator, state.averaged_params
-            )
         while True:
             start = time.perf_counter()  # to wait for the host is part of the round
             if (made := next(rounds, None)) is None:
@@ -285,6 +282,10 @@ def _rounds(
             )
             if number % config.checkpoint_every == 0 or number == last:
                 this.checkpoints.save(state, position)
+            if number == 1:  # shows early whether masks lie on their tissue
+                results.draw_overlays(
+                    this.folder, this.federation, this.programs.evaluator, state.averaged_params
+                )
             if "validation" in line["nonprivate"]:
                 results.draw_curves(this.folder, this.log.lines())
             bar.set_postfix(shown, refresh=False)

@@ -41,6 +41,15 @@ class TilePool(NamedTuple):
 
     images: Any  # uint8 [N, H, W, 3]
     labels: Any  # uint8 [N, H, W], 255 = ignore
+    tile_id: Any = ()  # int32 [N], numbers that augmentation keys are folded with; () = the index
+
+
+class ClientPools(NamedTuple):
+    """Of each client of a chunk the tiles its plan names, and no others; its plan indexes them."""
+
+    images: Any  # uint8 [C, N, H, W, 3], zero where there is no tile
+    labels: Any  # uint8 [C, N, H, W]
+    tile_id: Any  # int32 [C, N], numbers in the training table, ascending; -1 where there is none
 
 
 class ClientPlan(NamedTuple):
@@ -91,6 +100,7 @@ __all__ = [
     "ClientConstants",
     "ClientKeys",
     "ClientPlan",
+    "ClientPools",
     "Float32",
     "Int32",
     "NonPrivate",

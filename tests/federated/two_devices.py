@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_dp.data.tiles import TileArrays
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.aggregators import secure_sum, weighted_mean
 from fedjax_dp.federated.client import ClientInfo, client_update
+from fedjax_dp.federated.packing import Packing, pack
 from fedjax_dp.federated.share import masked_share
 from fedjax_dp.privacy import clipping
 from fedjax_dp.typing import NonPrivate
@@ -25,6 +27,7 @@ from tests import oracles
 from tests.laws import assert_std, assert_uncorrelated
 from tests.oracles import (
     assert_trees_close,
+    assert_trees_equal,
     distance,
     keyed_loss,
     linear_params,
@@ -199,6 +202,20 @@ def masked_words_of_two_devices_sum_to_the_plain_ones():
     np.testing.assert_array_equal(info.units.value.units, [2, 1, 0, 0])
 
 
+def packed_tiles_lie_with_their_clients_and_change_no_bit():
+    chunk, pool = make_chunk(4), make_pool()
+    source = TileArrays(*map(np.asarray, pool[:2]))
+    packed = pack(chunk, Packing(source, capacity=5, slots=range(4)))
+    there = cohort.place(packed, cohort.by_client(cohort.client_mesh()))
+    assert [s.data.shape for s in there.pools.images.addressable_shards] == [(2, 5, 4, 4, 3)] * 2
+    visiting, params = visit(real_update(), 2), linear_params()
+    resident, _, _ = visiting(params, chunk, pool)
+    own, _, info = visiting(params, there.cohort, there.pools)
+    assert_trees_equal(own, resident)
+    assert norm(own.total) > 0
+    np.testing.assert_array_equal(info.units.value.units, [3, 4, 0, 3])
+
+
 CHECKS = (
     two_devices_are_there,
     each_delta_equals_the_loop_block_1,
@@ -209,6 +226,7 @@ CHECKS = (
     noise_is_independent_across_devices,
     an_empty_slot_on_the_second_device_adds_nothing,
     masked_words_of_two_devices_sum_to_the_plain_ones,
+    packed_tiles_lie_with_their_clients_and_change_no_bit,
 )
 
 

@@ -12,6 +12,7 @@ from fedjax_dp.models.layers import (
     convolution,
     default_conv_variant,
     max_pool_2x2,
+    pixelwise_product,
 )
 from tests.oracles import assert_trees_close, distance, exact_products  # noqa: F401
 
@@ -264,3 +265,27 @@ def test_up_conv_equals_the_transposed_convolution():
     expected = with_gradients(other, cotangent, kernel, x)
     for left, right in zip(found, expected, strict=True):
         assert_trees_close(left, right)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 4, 3)])
+def test_pixelwise_product_has_the_gradients_of_a_product(shape):
+    rng = np.random.default_rng(0)
+    pixels = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
+    dimensions = (((pixels.ndim - 1,), (0,)), ((), ()))
+
+    def loss(product, pixels, kernel):
+        return jnp.sum(jnp.sin(product(pixels, kernel, dimensions)))
+
+    ours, theirs = (
+        jax.value_and_grad(loss, (1, 2))(pixelwise_product(variant), pixels, kernel)
+        for variant in ("matmul", "xla")
+    )
+    for found, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pixelwise_product_refuses_what_it_does_not_compute():
+    pixels = jnp.ones((4, 3))
+    with pytest.raises(ValueError, match="Expected Dense's product"):
+        pixelwise_product("matmul")(pixels, jnp.ones((4, 3)), (((0,), (0,)), ((), ())))

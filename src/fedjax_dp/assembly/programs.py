@@ -3,6 +3,7 @@
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from fedjax_dp.federated.client import client_update
 from fedjax_dp.federated.packing import Packing, pack, pool_capacity
 from fedjax_dp.federated.rounds import client_constants
 from fedjax_dp.federated.share import masked_share
-from fedjax_dp.models.layers import default_conv_variant
+from fedjax_dp.models.layers import compute_dtype_on, default_conv_variant
 from fedjax_dp.models.unet import unet
 from fedjax_dp.optimizers import make_optimizer
 from fedjax_dp.privacy.adaptive_clipping import adaptive_clipping
@@ -72,6 +73,7 @@ def make_model(config: Config, num_classes: int) -> Model:
         num_groups=model.num_groups,
         standardize=model.standardize,
         conv_variant=variant,  # type: ignore[arg-type]
+        compute_dtype=compute_dtype_on(jax.default_backend(), model.compute_dtype),
     )
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(init, apply, sum(leaf.size for leaf in jax.tree.leaves(shapes)), variant)
@@ -286,30 +288,25 @@ def compile_programs(
     begin = jax.jit(algorithm.begin, out_shardings=everywhere).lower(state).compile()
     acc = begin(state)
     # What clients report goes everywhere: the process that keeps the log cannot reach all devices.
-    visit = (
-        jax.jit(
-            algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, everywhere)
-        )
-        .lower(acc, state, *placed(pack(chunk, device.packing)))
-        .compile()
-    )
+    visit = jax.jit(
+        algorithm.visit, donate_argnums=0, out_shardings=(everywhere, by_client, everywhere)
+    ).lower(acc, state, *placed(pack(chunk, device.packing)))
     # The state is not donated: a run that is stopped between call and assignment still has it.
-    finish = (
-        jax.jit(algorithm.finish, out_shardings=everywhere)
-        .lower(state, acc, opening(release))
-        .compile()
-    )
-    evaluator = Evaluator(
-        device.apply,
-        state.params,
-        tile_size=config.data.tile_size,
-        batch_size=config.execution.eval_batch_size,
-        mesh=device.mesh,
-    )
+    finish = jax.jit(algorithm.finish, out_shardings=everywhere).lower(state, acc, opening(release))
+    with ThreadPoolExecutor() as pool:  # XLA compiles without Python's lock
+        compiling = pool.submit(visit.compile), pool.submit(finish.compile)
+        evaluator = Evaluator(
+            device.apply,
+            state.params,
+            tile_size=config.data.tile_size,
+            batch_size=config.execution.eval_batch_size,
+            mesh=device.mesh,
+        )
+        run_visit, run_finish = (program.result() for program in compiling)
     return Programs(
         begin=begin,
-        visit=lambda acc, state, chunk: visit(acc, state, *placed(chunk)),
-        finish=lambda state, acc, release: finish(state, acc, opening(release)),
+        visit=lambda acc, state, chunk: run_visit(acc, state, *placed(chunk)),
+        finish=lambda state, acc, release: run_finish(state, acc, opening(release)),
         evaluator=evaluator,
         compile_seconds=time.perf_counter() - start,
     )

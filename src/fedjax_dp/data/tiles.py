@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,6 +64,54 @@ class TileTable:
         if name not in self.sites:
             return np.zeros((0,), np.int32)
         return np.flatnonzero(self.site == self.sites.index(name)).astype(np.int32)
+
+
+class TileSource(Protocol):
+    """Training tiles wherever they lie, read by their numbers in the training table.
+
+    One thread reads from it at a time, and that need not be the one that made it.
+    """
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile, pixels."""
+        ...
+
+    def __len__(self) -> int:
+        """The number of tiles."""
+        ...
+
+    def images(self, index: np.ndarray) -> np.ndarray:
+        """uint8 [n, H, W, 3] of the tiles `index`, int [n], distinct and ascending."""
+        ...
+
+    def labels(self, index: np.ndarray) -> np.ndarray:
+        """uint8 [n, H, W] of the tiles `index`, int [n], distinct and ascending."""
+        ...
+
+
+class TileArrays:
+    """The `TileSource` of what is indexed like NumPy: arrays in memory, on disk (`np.memmap`)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Takes uint8 images [N, H, W, 3] and labels [N, H, W]; neither is read yet."""
+        self._images, self._labels = images, labels
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile, pixels."""
+        return self._labels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def images(self, index: np.ndarray) -> np.ndarray:
+        """uint8 [n, H, W, 3], a copy."""
+        return np.asarray(self._images[index])
+
+    def labels(self, index: np.ndarray) -> np.ndarray:
+        """uint8 [n, H, W], a copy."""
+        return np.asarray(self._labels[index])
 
 
 class Grid(NamedTuple):

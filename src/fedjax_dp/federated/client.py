@@ -192,7 +192,9 @@ def pooled_loss(loss_fn: Any, pool: TilePool) -> clipping.UnitLoss:
         # where it gives NaN, masking it out would leave 0 x NaN in this unit's gradient.
         is_padding = jnp.arange(unit.tile_index.shape[0]) >= unit.num_tiles
         tile_index = jnp.where(is_padding, unit.tile_index[0], unit.tile_index)
-        tile_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, tile_index)
+        # A tile is augmented alike wherever in a pool it lies.
+        tile_id = tile_index if isinstance(pool.tile_id, tuple) else pool.tile_id[tile_index]
+        tile_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, tile_id)
         images, labels = pool.images[tile_index], pool.labels[tile_index]
         return loss_fn(params, images, labels, unit.num_tiles, tile_keys)
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjax_dp.federated.aggregators import Aggregator
 from fedjax_dp.federated.client import ClientInfo, ClientUpdate
-from fedjax_dp.typing import ClientConstants, ClientKeys, ClientPlan, Params, TilePool
+from fedjax_dp.typing import (
+    ClientConstants,
+    ClientKeys,
+    ClientPlan,
+    ClientPools,
+    Params,
+    TilePool,
+)
 from fedjax_dp.varying import vary_like
 
 AXIS = "clients"
@@ -28,6 +35,16 @@ class CohortChunk(NamedTuple):
     client_state: Any
     constants: ClientConstants
     plan: ClientPlan
+
+
+class PackedChunk(NamedTuple):
+    """A chunk whose clients bring their own tiles, where the pool of all does not fit a device."""
+
+    cohort: CohortChunk  # its plans are indices into the client's own pool
+    pools: ClientPools
+
+
+AnyChunk: TypeAlias = CohortChunk | PackedChunk
 
 
 def client_mesh(num_devices: int = 0) -> Mesh:
@@ -50,6 +67,17 @@ def client_mesh(num_devices: int = 0) -> Mesh:
 def local_mesh(mesh: Mesh) -> Mesh:
     """The part of `mesh` that this process can reach; `mesh` itself where that is all of it."""
     return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def local_slots(mesh: Mesh, clients_per_block: int) -> tuple[int, ...]:
+    """The slots of a chunk that the devices of this process visit."""
+    here = jax.process_index()
+    return tuple(
+        index * clients_per_block + slot
+        for index, device in enumerate(mesh.devices.flat)
+        if device.process_index == here
+        for slot in range(clients_per_block)
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -80,7 +108,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
     """Replicated arrays, as the devices of `local_mesh(mesh)` hold them."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         return tree
     here = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
     return jax.device_put(here, replicated(local_mesh(mesh)))
@@ -108,7 +136,7 @@ def visit_clients(
     *,
     clients_per_block: int = 1,
     mesh: Mesh | None = None,
-) -> Callable[[Any, Params, CohortChunk, TilePool], tuple[Any, Any, ClientInfo]]:
+) -> Callable[[Any, Params, CohortChunk, TilePool | ClientPools], tuple[Any, Any, ClientInfo]]:
     """Maps `client_update` over a chunk of clients and adds their deltas to the accumulator.
 
     Guarantees: each client's delta is what `client_update` alone returns, up to rounding, whatever
@@ -122,26 +150,28 @@ def visit_clients(
 
     Returns:
         `visit(acc, params, chunk, pool) -> (acc, client_state, info)`, where the chunk holds
-        `mesh.size * clients_per_block` clients, and any other number is a ValueError.
+        `mesh.size * clients_per_block` clients, and any other number is a ValueError. The pool is
+        one of all clients, or `ClientPools`, of which each device gets its own clients'.
     """
     if clients_per_block < 1:
         raise ValueError(f"Expected execution.clients_per_block >= 1, got {clients_per_block}.")
     mesh = client_mesh() if mesh is None else mesh
 
-    def on_device(params: Params, chunk: CohortChunk, pool: TilePool) -> Any:
+    def on_device(params: Params, chunk: CohortChunk, pool: TilePool | ClientPools) -> Any:
         # Without this cast the gradient with respect to replicated parameters is summed over the
         # devices' clients BEFORE it is clipped, silently.
         params = lax.pcast(params, AXIS, to="varying")
 
-        def one(keys: Any, client_state: Any, constants: Any, plan: Any) -> Any:
-            return client_update(params, keys, client_state, constants, plan, pool)
+        def one(chunk: CohortChunk, pool: TilePool | ClientPools) -> Any:
+            return client_update(params, *chunk, TilePool(*pool))
 
         if clients_per_block == 1:
             # A vmap of one would turn the data-dependent loop into a masked one.
             first = jax.tree.map(lambda leaf: leaf[0], chunk)
-            results = jax.tree.map(lambda leaf: leaf[None], one(*first))
+            own = jax.tree.map(lambda leaf: leaf[0], pool) if _is_own(pool) else pool
+            results = jax.tree.map(lambda leaf: leaf[None], one(first, own))
         else:
-            results = jax.vmap(one)(*chunk)
+            results = jax.vmap(one, (0, 0 if _is_own(pool) else None))(chunk, pool)
         model_delta, client_state, info = results
         acc = vary_like(aggregator.init(params), params)
         for index in range(clients_per_block):
@@ -151,26 +181,33 @@ def visit_clients(
             acc = aggregator.add(acc, delta, weight)
         return jax.tree.map(lambda leaf: leaf[None], acc), client_state, info
 
-    per_device = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(AXIS), PartitionSpec()),
-        out_specs=PartitionSpec(AXIS),
-    )
-
-    def visit(acc: Any, params: Params, chunk: CohortChunk, pool: TilePool) -> Any:
+    def visit(
+        acc: Any, params: Params, chunk: CohortChunk, pool: TilePool | ClientPools
+    ) -> tuple[Any, Any, ClientInfo]:
         slots, expected = chunk.constants.weight.shape[0], mesh.size * clients_per_block
         if slots != expected:  # clients beyond a block would be left out, silently
             raise ValueError(
                 f"Expected a chunk of devices x clients_per_block = {expected} slots, got {slots}. "
                 "Pass None to stack_chunk for slots without a client."
             )
+        pool_spec = PartitionSpec(AXIS) if _is_own(pool) else PartitionSpec()
+        per_device = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(AXIS), pool_spec),
+            out_specs=PartitionSpec(AXIS),
+        )
         accs, client_state, info = per_device(params, chunk, pool)
         for index in range(mesh.size):
             acc = aggregator.merge(acc, jax.tree.map(lambda leaf, i=index: leaf[i], accs))
         return acc, client_state, info
 
     return visit
+
+
+def _is_own(pool: TilePool | ClientPools) -> bool:
+    """Whether every client has a pool of its own."""
+    return isinstance(pool, ClientPools)
 
 
 def stack_chunk(slots: Sequence[CohortChunk | None]) -> CohortChunk:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_dp.data.sampling import draw_cohort
-from fedjax_dp.federated.cohort import CohortChunk, stack_chunk
+from fedjax_dp.federated.cohort import AnyChunk, CohortChunk, stack_chunk
+from fedjax_dp.federated.packing import Packing, pack
 from fedjax_dp.privacy import discrete_gaussian
 from fedjax_dp.privacy.ledger import ChargeLog
 from fedjax_dp.privacy.mechanism import Mechanism
@@ -49,12 +50,12 @@ class ChunkInput(NamedTuple):
     """One call of `visit`, prepared.
 
     Attributes:
-        chunk: stacked on the host.
+        chunk: stacked on the host, with its tiles where they are packed.
         clients: their names, in the order of the slots.
         num_tiles: tiles drawn; un-noised, for throughput alone.
     """
 
-    chunk: CohortChunk
+    chunk: AnyChunk
     clients: tuple[str, ...]
     num_tiles: int
 
@@ -105,6 +106,7 @@ class RoundMaker:
         cohort_prob: with "poisson"; not of "central".
         num_words: length of a message under secure aggregation.
         dropout_prob: with which a client is lost, in the simulation of "distributed".
+        packing: how the tiles of a chunk are packed; None where the devices have all tiles.
 
     Raises:
         ValueError: a cohort is given for "central".
@@ -122,6 +124,7 @@ class RoundMaker:
     cohort_prob: float | None = None
     num_words: int = 0
     dropout_prob: float = 0.0
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
         given = self.cohort_mode, self.cohort_size, self.cohort_prob
@@ -279,7 +282,7 @@ class RoundMaker:
                 return
             empty = [None] * (self.clients_per_chunk - len(members))
             yield ChunkInput(
-                chunk=stack_chunk([*clients, *empty]),
+                chunk=pack(stack_chunk([*clients, *empty]), self.packing),
                 clients=tuple(site.name for site in members),
                 num_tiles=sum(int(client.plan.num_tiles.sum()) for client in clients),
             )

@@ -7,8 +7,9 @@ gradient, operations that are fast wherever they stand.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -19,10 +20,19 @@ from jaxtyping import Array, Float
 ConvVariant = Literal["xla", "matmul", "canonical"]
 """How the weight gradient of a convolution is computed; the result is the same.
 
-"matmul": one matrix product per kernel row; fast on CPU for small batches, and under `vmap` it
-is a batched matrix product instead of a grouped convolution. "canonical": a forward-form
+"matmul": one matrix product; fast on CPU for small batches, and under `vmap` it is a batched
+matrix product instead of a grouped convolution. "canonical": a forward-form
 convolution with explicit transposes; fast on CPU for large batches. "xla": JAX's own gradient;
 for accelerators.
+"""
+
+ComputeDtype = Literal["float32", "bfloat16"]
+"""What convolutions multiply in; parameters, their gradients and all moments are float32.
+
+"float32" follows `jax_default_matmul_precision`: by default NVIDIA cards round factors to TF32 (10
+bits of mantissa) and TPUs to bfloat16 (7 bits); "highest" is float32 throughout. "bfloat16" also
+keeps the activations in it, which halves their memory. It has float32's exponents, so no gradient
+underflows that would not there, and no loss is scaled.
 """
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -31,6 +41,29 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 def default_conv_variant(backend: str) -> ConvVariant:
     """The variant for `jax.default_backend()`'s name: "matmul" on CPU, "xla" elsewhere."""
     return "matmul" if backend == "cpu" else "xla"
+
+
+def compute_dtype_on(backend: str, name: str) -> ComputeDtype:
+    """The dtype of that name, with a warning where it gains nothing.
+
+    It is not refused there: plans, predictions and trials of a GPU's run are made on CPU too.
+
+    Args:
+        backend: `jax.default_backend()`'s name.
+        name: of a `ComputeDtype`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in get_args(ComputeDtype):
+        raise ValueError(f"Expected model.compute_dtype in {get_args(ComputeDtype)}, got {name!r}.")
+    if name == "bfloat16" and backend == "cpu":
+        warnings.warn(
+            "model.compute_dtype='bfloat16' is for GPU and TPU: on CPU it rounds more and saves "
+            "little time or none. Use 'float32' there, unless a GPU's run is to be repeated.",
+            stacklevel=2,
+        )
+    return name  # type: ignore[return-value]
 
 
 def convolution(variant: ConvVariant) -> Callable[..., Any]:
@@ -107,31 +140,40 @@ def _same_conv_bwd(variant: str, precision: Any, residuals: Any, cotangent: Arra
         cotangent, flipped, (1, 1), "SAME", dimension_numbers=_DIMENSIONS, precision=precision
     )
     weight_gradient = _matmul_gradient if variant == "matmul" else _canonical_gradient
-    return images_bar, weight_gradient(images, cotangent, kernel.shape, precision)
+    kernel_bar = weight_gradient(images, cotangent, kernel.shape, precision)
+    return images_bar, kernel_bar.astype(kernel.dtype)
 
 
 _same_conv.defvjp(_same_conv_fwd, _same_conv_bwd)
 
 
 def _matmul_gradient(images: Array, cotangent: Array, shape: Any, precision: Any) -> Array:
-    """Weight gradient: rows of `images` times the column-unfolded cotangent, a product per row."""
+    """Weight gradient as one matrix product: row-unfolded images times column-unfolded cotangent.
+
+    Kernel rows are unfolded on one side and columns on the other, 3 + 3 copies for a 3x3 kernel
+    where nine on one side would not fit a core's cache.
+    """
     rows, columns, c_in, c_out = shape
-    height, width = images.shape[1:3]
-    # unfolded[n, h, w, j, o] = cotangent[n, h, w + pad - j, o], zero outside.
-    pad = (columns - 1) // 2
-    padded = jnp.pad(cotangent, ((0, 0), (0, 0), (pad, pad), (0, 0)))
-    unfolded = jnp.concatenate(
+    n, height, width = images.shape[:3]
+    top, left = (rows - 1) // 2, (columns - 1) // 2
+    # by_row[n, h, w, i, :] = images[n, h + i - top, w, :], zero outside.
+    padded = jnp.pad(images, ((0, 0), (top, top), (0, 0), (0, 0)))
+    by_row = jnp.concatenate([padded[:, i : i + height] for i in range(rows)], axis=-1)
+    # by_column[n, h, w, j, :] = cotangent[n, h, w + left - j, :], zero outside.
+    padded = jnp.pad(cotangent, ((0, 0), (0, 0), (left, left), (0, 0)))
+    by_column = jnp.concatenate(
         [padded[:, :, columns - 1 - j : columns - 1 - j + width] for j in range(columns)], axis=-1
     )
+    pixels = n * height * width
+    product = _contract_pixels(
+        by_row.reshape(pixels, rows * c_in), by_column.reshape(pixels, columns * c_out), precision
+    )
+    return product.reshape(rows, c_in, columns, c_out).swapaxes(1, 2)
 
-    def one_row(i: int) -> Array:
-        shift = i - (rows - 1) // 2  # images row h + shift meets cotangent row h
-        image_rows = images[:, max(shift, 0) : height + min(shift, 0)]
-        cotangent_rows = unfolded[:, max(-shift, 0) : height - max(shift, 0)]
-        return jnp.einsum("nhwi,nhwo->io", image_rows, cotangent_rows, precision=precision)
 
-    stacked = jnp.stack([one_row(i) for i in range(rows)])
-    return stacked.reshape(rows, c_in, columns, c_out).swapaxes(1, 2)
+def _contract_pixels(left: Array, right: Array, precision: Any) -> Array:
+    """left^T right over the pixels: [P, I] and [P, O] to [I, O]; transposed first, for speed."""
+    return jnp.matmul(left.T, right, precision=precision, preferred_element_type=_accumulator(left))
 
 
 def _canonical_gradient(images: Array, cotangent: Array, shape: Any, precision: Any) -> Array:
@@ -144,8 +186,54 @@ def _canonical_gradient(images: Array, cotangent: Array, shape: Any, precision: 
         pads,
         dimension_numbers=_DIMENSIONS,
         precision=precision,
+        preferred_element_type=_accumulator(images),
     )
     return gradient.transpose(1, 2, 0, 3)
+
+
+def pixelwise_product(variant: ConvVariant) -> Callable[..., Any]:
+    """A drop-in for `lax.dot_general`, for Flax's `Dense(dot_general=...)` over pixels.
+
+    JAX's gradient of the weights contracts the pixels in a form that XLA's CPU backend computes
+    several times slower than the product that "matmul" writes. The other variants keep JAX's.
+    """
+    if variant != "matmul":
+        return lax.dot_general
+
+    def dot_general(
+        lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **_: Any
+    ) -> Array:
+        if dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())) or rhs.ndim != 2:
+            raise ValueError(f"Expected Dense's product of pixels, got {dimension_numbers=}.")
+        return _pixelwise(precision, lhs, rhs)
+
+    return dot_general
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pixelwise(precision: Any, pixels: Array, kernel: Array) -> Array:
+    return jnp.matmul(pixels, kernel, precision=precision)
+
+
+def _pixelwise_fwd(precision: Any, pixels: Array, kernel: Array) -> Any:
+    return _pixelwise(precision, pixels, kernel), (pixels, kernel)
+
+
+def _pixelwise_bwd(precision: Any, residuals: Any, cotangent: Array) -> Any:
+    pixels, kernel = residuals
+    pixels_bar = jnp.matmul(cotangent, kernel.T, precision=precision)
+    kernel_bar = _contract_pixels(
+        pixels.reshape(-1, kernel.shape[0]), cotangent.reshape(-1, kernel.shape[1]), precision
+    )
+    return pixels_bar, kernel_bar.astype(kernel.dtype)
+
+
+_pixelwise.defvjp(_pixelwise_fwd, _pixelwise_bwd)
+
+
+def _accumulator(operand: Array) -> Any:
+    """What a sum over all pixels is taken in: float32 at least."""
+    return jnp.promote_types(operand.dtype, jnp.float32)
 
 
 class Conv(nn.Module):
@@ -161,6 +249,7 @@ class Conv(nn.Module):
         use_bias: whether to add a bias.
         standardize: whether to standardise the kernel.
         variant: see `ConvVariant`.
+        dtype: what is multiplied and returned; None = as the images and the kernel are.
     """
 
     features: int
@@ -168,6 +257,7 @@ class Conv(nn.Module):
     use_bias: bool = False
     standardize: bool = False
     variant: ConvVariant = "xla"
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N H W O"]:
@@ -176,6 +266,7 @@ class Conv(nn.Module):
             self.features,
             self.kernel_size,
             use_bias=self.use_bias,
+            dtype=self.dtype,
             conv_general_dilated=convolution(self.variant),
         )
         if self.standardize:
@@ -266,14 +357,23 @@ class UpConv(nn.Module):
 
     Attributes:
         features: output channels.
+        dtype: what is multiplied and returned; None = as the images and the kernel are.
+        variant: see `ConvVariant`.
     """
 
     features: int
+    dtype: Any = None
+    variant: ConvVariant = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W I"]) -> Float[Array, "N 2*H 2*W O"]:
         """Doubles height and width: [N, H, W, I] to [N, 2H, 2W, features]."""
         n, height, width, _ = x.shape
-        y = nn.Dense(4 * self.features, use_bias=False)(x)
+        y = nn.Dense(
+            4 * self.features,
+            use_bias=False,
+            dtype=self.dtype,
+            dot_general=pixelwise_product(self.variant),
+        )(x)
         y = y.reshape(n, height, width, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
         return y.reshape(n, 2 * height, 2 * width, self.features)

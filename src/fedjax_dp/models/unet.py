@@ -1,7 +1,7 @@
 """The U-Net (Ronneberger et al. 2015) with group normalisation, and the pure function of it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedjax_dp.models.layers import Conv, ConvVariant, GroupNorm, UpConv, max_pool_2x2
+from fedjax_dp.models.layers import (
+    ComputeDtype,
+    Conv,
+    ConvVariant,
+    GroupNorm,
+    UpConv,
+    max_pool_2x2,
+    pixelwise_product,
+)
 from fedjax_dp.typing import ApplyFn, Params, PRNGKey
 
 
@@ -25,6 +33,8 @@ class UNet(nn.Module):
         num_groups: groups of every GroupNorm.
         standardize: weight-standardised convolutions.
         conv_variant: see `layers.ConvVariant`.
+        compute_dtype: see `layers.ComputeDtype`. The head is float32 in any case: the gradient of
+            its bias is a sum over all pixels, and the loss sees differences of logits.
     """
 
     num_classes: int
@@ -33,6 +43,7 @@ class UNet(nn.Module):
     num_groups: int = 8
     standardize: bool = False
     conv_variant: ConvVariant = "xla"
+    compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
     def __call__(self, images: Float[Array, "N H W 3"]) -> Float[Array, "N H W K"]:
@@ -46,10 +57,16 @@ class UNet(nn.Module):
 
         def double_conv(x: Array, features: int) -> Array:
             for _ in range(2):
-                x = Conv(features, standardize=self.standardize, variant=self.conv_variant)(x)
+                x = Conv(
+                    features,
+                    standardize=self.standardize,
+                    variant=self.conv_variant,
+                    dtype=dtype,
+                )(x)
                 x = nn.relu(GroupNorm(self.num_groups)(x))
             return x
 
+        dtype = jnp.dtype(self.compute_dtype)
         x = 2.0 * images - 1.0
         skips = []
         for level in range(self.depth):
@@ -59,9 +76,11 @@ class UNet(nn.Module):
         x = double_conv(x, self.base_channels * 2**self.depth)
         for level in reversed(range(self.depth)):
             features = self.base_channels * 2**level
-            x = UpConv(features)(x)
+            x = UpConv(features, dtype, self.conv_variant)(x)
             x = double_conv(jnp.concatenate([skips[level], x], -1), features)
-        return nn.Dense(self.num_classes, name="head")(x).astype(jnp.float32)
+        return nn.Dense(
+            self.num_classes, name="head", dot_general=pixelwise_product(self.conv_variant)
+        )(x.astype(jnp.float32))
 
 
 def unet(
@@ -72,6 +91,7 @@ def unet(
     num_groups: int = 8,
     standardize: bool = False,
     conv_variant: ConvVariant = "xla",
+    compute_dtype: ComputeDtype = "float32",
 ) -> tuple[Callable[[PRNGKey], Params], ApplyFn]:
     """The U-Net as a pair of pure functions.
 
@@ -82,20 +102,26 @@ def unet(
         num_groups: groups of the normalisation.
         standardize: weight-standardised convolutions.
         conv_variant: how convolutions compute their weight gradients.
+        compute_dtype: what convolutions multiply in; "bfloat16" is for GPU and TPU.
 
     Returns:
         `init(key) -> params` and `apply(params, images [N, H, W, 3] in [0, 1], key) -> logits
-        [N, H, W, K]`. The network draws no randomness; the key is there for those that do.
+        [N, H, W, K]`. Parameters, their gradients and logits are float32 whatever is multiplied.
+        The network draws no randomness; the key is there for those that do.
 
     Raises:
-        ValueError: if a number makes no network.
+        ValueError: if a number makes no network, or for an unknown dtype.
     """
     if num_classes < 2 or depth < 1 or base_channels < 1 or base_channels % num_groups:
         raise ValueError(
             "Expected num_classes >= 2, depth >= 1 and base_channels a multiple of num_groups, got "
             f"{num_classes=}, {depth=}, {base_channels=}, {num_groups=}."
         )
-    module = UNet(num_classes, base_channels, depth, num_groups, standardize, conv_variant)
+    if compute_dtype not in get_args(ComputeDtype):
+        raise ValueError(f"Expected {compute_dtype=} in {get_args(ComputeDtype)}.")
+    module = UNet(
+        num_classes, base_channels, depth, num_groups, standardize, conv_variant, compute_dtype
+    )
 
     def init(key: PRNGKey) -> Params:
         images = jnp.zeros((1, 2**depth, 2**depth, 3))

@@ -9,7 +9,7 @@ import optax
 
 from fedjax_dp.federated.client import ClientInfo
 from fedjax_dp.federated.cohort import CohortChunk
-from fedjax_dp.typing import ClientConstants, Params, ServerRelease, TilePool
+from fedjax_dp.typing import ClientConstants, ClientPools, Params, ServerRelease, TilePool
 
 
 class ServerState(NamedTuple):
@@ -28,14 +28,17 @@ class FederatedAlgorithm(NamedTuple):
     Attributes:
         init: `init(params) -> ServerState`.
         begin: `begin(state) -> acc`, an empty accumulator.
-        visit: `visit(acc, state, chunk, pool) -> (acc, client_state, info)`, any number of times.
+        visit: `visit(acc, state, chunk, pool) -> (acc, client_state, info)`, any number of times;
+            of pools see `cohort.visit_clients`.
         finish: `finish(state, acc, release) -> state`, the server's step; `release` is what it
             needs to open the sum, the default where it needs nothing.
     """
 
     init: Callable[[Params], ServerState]
     begin: Callable[[ServerState], Any]
-    visit: Callable[[Any, ServerState, CohortChunk, TilePool], tuple[Any, Any, ClientInfo]]
+    visit: Callable[
+        [Any, ServerState, CohortChunk, TilePool | ClientPools], tuple[Any, Any, ClientInfo]
+    ]
     finish: Callable[..., ServerState]
 
 
