@@ -49,7 +49,7 @@ _DEPTH = flags.DEFINE_integer("depth", 4, "Poolings of the U-Net.", allow_overri
 _STEPS = flags.DEFINE_integer("local_steps", 2, "Steps of a round.", allow_override=True)
 _STORE = flags.DEFINE_integer("store_mb", 4000, "Size of the store, 1e6 bytes.")
 _MEMORY = flags.DEFINE_integer("memory_mb", 2000, "Memory given to the process, 1e6 bytes.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of a block.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of a block.", allow_override=True)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed blocks of rounds.", allow_override=True)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON lines file to append to.", allow_override=True)
 

@@ -23,7 +23,9 @@ from benchmarks.peers.problem import Sizes
 _COLUMNS = flags.DEFINE_list(
     "columns", [], "Problems base:tile_size:batch[:steps[:clients]]; empty = those of the question."
 )
-_ONLY = flags.DEFINE_list("only", [], "Names beside ours to measure; empty = all.")
+_ONLY = flags.DEFINE_list(
+    "only", [], "Names beside ours to measure; empty = all.", allow_override=True
+)
 _LIST = flags.DEFINE_boolean("list", False, "Print the arrangements and stop.")
 _CORES = flags.DEFINE_integer("cores", 2, "Cores that every variant gets.", allow_override=True)
 _QUALIFYING = flags.DEFINE_integer("qualifying", 2, "Timed repeats of every arrangement.")

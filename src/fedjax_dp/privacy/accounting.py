@@ -32,7 +32,7 @@ GRID = f"1/{pld.CELLS_PER_DEVIATION} of the standard deviation of a step's priva
 """In words, which grid is taken where none is given."""
 
 _VERSION = importlib.metadata.version("dp-accounting")
-ACCOUNTANT = f"PLD, dp-accounting {_VERSION}"
+ACCOUNTANT = f"PLD, dp-accounting {_VERSION}, composed by fedjax_dp"
 RENYI_ACCOUNTANT = f"RDP, dp-accounting {_VERSION}"
 
 _NO_NOISE = 1e-8  # of a Gaussian: epsilon would be above 5e15, and dp-accounting divides by zero
