@@ -1,5 +1,6 @@
 """What the README says is so: its quickstart runs, its links, flags and columns exist."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fedjax_dp.config import Config, identity
+from fedjax_dp.config import Config, ExecutionConfig, identity
 from fedjax_dp.data import manifest
 from tests.oracles import assert_trees_close, take
 
@@ -99,6 +100,8 @@ def test_flags_and_programs_exist():
     for program in re.findall(r"python -m (\w+(?:\.\w+)*)", commands):
         assert (ROOT / f"{program.replace('.', '/')}.py").is_file(), program
     known = {f"--config.{name}" for name in identity(Config())}
+    speed = dataclasses.fields(ExecutionConfig)  # of no one's identity
+    known |= {f"--config.execution.{field.name}" for field in speed}
     assert set(re.findall(r"--config\.[\w.]+", README)) <= known
     for target in re.findall(r"make (\w+)", commands):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
