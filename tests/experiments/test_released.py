@@ -22,7 +22,7 @@ def held(*sources):
 OAK, ELM = SiteSource("oak", "f1" * 16, "p1"), SiteSource("elm", "f2" * 16, "p2")
 
 
-def mechanism(placement="dp_sgd", z=1.0516):
+def mechanism(placement="dp_sgd", z=1.0518):
     return Mechanism(
         placement=placement, unit="patient", num_units=200, sampling_prob=0.08, capacity=200,
         local_steps=1, l2_clip_norm=1.0, noise_multiplier=z,
