@@ -2,9 +2,9 @@ r"""Where does the time of rounds over a store on disk go? One variant, alone in
 
     python -m benchmarks.input_child '{"folder": "/tmp/store", "pool": "packed", ...}'
 
-is what `benchmarks.input_pipeline` starts. It runs a private federation over a store on disk, says "ready" after its first round, and then, for
-each line that it reads, runs a block of rounds and tells where its time went. So several processes
-can take turns, each with memory of its own.
+is what `benchmarks.input_pipeline` starts. It runs a private federation over a store on disk, says
+"ready" after its first round, and then, for each line that it reads, runs a block of rounds and
+tells where its time went. So several processes can take turns, each with memory of its own.
 """
 
 import contextlib
