@@ -458,7 +458,10 @@ DISTRIBUTED, CENTRAL = privacy(placement="distributed"), privacy(placement="cent
         (privacy(sampling_prob_by_site="alder=.5,alder=.5"), "sampling_prob_by_site like"),
         (privacy(sampling_prob_by_site="=0.5"), "sampling_prob_by_site like"),
         (privacy(sampling_prob_by_site="alder=nan"), "sampling_prob_by_site like"),
-        (privacy(sampling_prob_by_site="alder=1.5"), "sampling_prob <= 1 of client='alder', got 1.5"),
+        (
+            privacy(sampling_prob_by_site="alder=1.5"),
+            "client='alder', got 1.5",
+        ),
         (DISTRIBUTED | privacy(noise_multiplier_by_site="alder=2"), "share the noise of one sum"),
         (CENTRAL | privacy(noise_multiplier_by_site="alder=2"), "share the noise of one sum"),
         (privacy(adaptive_clip=True), "alder: Adaptive clipping needs.*draw more units"),

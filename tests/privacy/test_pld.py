@@ -70,7 +70,7 @@ def test_composition_is_the_library_s(seed):
     for delta in (1e-3, 1e-5, 1e-6):
         found = max(losses.epsilon(delta) for losses in ours)
         expected = theirs.get_epsilon_for_delta(delta)
-        # The library's own rounding depends on its transform: NumPy 2.5 moved it by 6e-11 of epsilon.
+        # The library's rounding depends on its transform: NumPy 2.5 moved epsilon by 6e-11 of it.
         assert expected * (1 - 1e-9) - 1e-9 <= found <= expected * (1 + 1e-6) + 1e-12
         at = max(losses.delta(found) for losses in ours)
         assert at == pytest.approx(theirs.get_delta_for_epsilon(found), rel=1e-6)
