@@ -60,6 +60,7 @@ def test_a_plan_that_does_not_run_is_passed_over():
     out_of_memory = RuntimeError("RESOURCE_EXHAUSTED")
     choice, _ = chosen(seconds=SECONDS | {(2, "matmul"): out_of_memory})
     assert choice.plan == Plan(1, 8, "canonical")
+    assert "1 client x 2 units, matmul: RESOURCE_EXHAUSTED" in tuning.describe(choice)
     with pytest.raises(RuntimeError, match=r"No execution plan runs here.*RESOURCE_EXHAUSTED"):
         chosen(seconds=dict.fromkeys(SECONDS, out_of_memory))
 

@@ -49,12 +49,14 @@ class Choice(NamedTuple):
     Attributes:
         plan: the plan.
         seconds: of a client's round, by plan, as text; empty where it was remembered.
-        key: what the choice depends on, hashed.
+        key: what the choice depends on, hashed; public numbers alone, as it is kept for all runs.
+        failures: plans that did not run, and why.
     """
 
     plan: Plan
     seconds: Mapping[str, float]
     key: str
+    failures: tuple[str, ...] = ()
 
 
 def with_plan(config: Config, plan: Plan) -> Config:
@@ -140,7 +142,8 @@ def choose(
             seconds[plan].append(rounds[plan]())
     medians = {plan: statistics.median(times) for plan, times in seconds.items()}
     fastest = min(promising, key=medians.__getitem__)
-    return Choice(fastest, {_text(plan): value for plan, value in medians.items()}, key)
+    texts = {_text(plan): value for plan, value in medians.items()}
+    return Choice(fastest, texts, key, tuple(failures))
 
 
 def _client_round(config: Config, federation: Federation, sites: Sites) -> Callable[[], float]:
@@ -200,7 +203,6 @@ def _key(config: Config, sites: Sites, plans: tuple[Plan, ...]) -> str:
         "steps": mechanism.local_steps,
         "tiles_per_unit": mechanism.tiles_per_unit,
         "units": max(round(site.mechanism.expected_batch_size) for site in sites.sites),
-        "slots": max(site.num_slots for site in sites.sites),
         "devices": config.execution.devices,
         "plans": plans,
     }
@@ -235,4 +237,5 @@ def _text(plan: Plan) -> str:
 def describe(choice: Choice) -> str:
     """One line: the plan, and how it compared."""
     timed = "; ".join(f"{text} {1e3 * s:.0f} ms" for text, s in choice.seconds.items())
-    return f"Execution plan: {_text(choice.plan)} ({timed or 'remembered'})."
+    failed = "".join(f" Did not run: {failure}" for failure in choice.failures)
+    return f"Execution plan: {_text(choice.plan)} ({timed or 'remembered'}).{failed}"
