@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
+from fedjax_dp.processor import cores
 from fedjax_dp.workdir import versions
 
 
@@ -40,12 +41,6 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         **versions(),
     }
-
-
-def cores() -> int:
-    """Cores this process may use, not those there are."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def matrix_peak(size: int = 2048, seconds: float = 2.0) -> float:

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from experiments import processes
 from fedjax_dp.config import Config
+from fedjax_dp.processor import cores
 
 EXIT_STOPPED = 130
 
@@ -87,8 +88,15 @@ def run_and_report(config: Config, workdir: str, experiment: str) -> int:
 
 
 def split_cpu(devices: int) -> None:
-    """Gives XLA as many CPU devices as the config asks for, if the user's XLA_FLAGS do not."""
+    """Gives XLA the CPU devices that the config asks for, if the user's XLA_FLAGS do not.
+
+    Threads of one operation wait for each other at its end; devices work on clients of their own.
+
+    Args:
+        devices: 0 = one for every core that this process may use.
+    """
     name = "--xla_force_host_platform_device_count"
     given = os.environ.get("XLA_FLAGS", "")
+    devices = devices or cores()
     if devices > 1 and name not in given:
         os.environ["XLA_FLAGS"] = f"{given} {name}={devices}".strip()

@@ -56,8 +56,8 @@ MUTANTS = {
     # --- noise
     "noise_too_small": Mutant(
         "noise of a standard deviation smaller by 1.25 than is accounted",
-        (Edit("privacy.noise", "    return draws[:size].reshape(shape)",
-              "    return draws[:size].reshape(shape) / 1.25"),),
+        (Edit("privacy.noise", "    return draws.reshape(-1)[:size].reshape(shape)",
+              "    return draws.reshape(-1)[:size].reshape(shape) / 1.25"),),
         ("audit:dp_sgd", "audit:update", "audit:central", "audit:distributed"),
     ),
     "discrete_noise_too_small": Mutant(
@@ -71,6 +71,12 @@ MUTANTS = {
         (Edit("privacy.noise", "    return jax.tree.unflatten(treedef, noised)",
               "    return jax.tree.unflatten(treedef, [leaves[0], *noised[1:]])"),),
         (CLIENT + "test_noise_has_the_stated_std[dp_sgd-1.0]",),
+    ),
+    "noise_reused_across_blocks": Mutant(
+        "every block of a draw has the same noise",
+        (Edit("privacy.noise", "_pairs(jax.random.fold_in(key, index), _BLOCK)",
+              "_pairs(key, _BLOCK)"),),
+        ("tests/privacy/test_noise.py::test_the_blocks_of_a_draw_are_independent",),
     ),
     "noise_reused_across_rounds": Mutant(
         "every round has the noise of round 0",

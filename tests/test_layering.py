@@ -14,8 +14,9 @@ SOURCE = pathlib.Path(fedjax_dp.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
+    ("processor",),
     ("data",),
-    ("typing", "varying"),
+    ("typing", "varying", "hoisting"),
     ("models",),
     ("segmentation",),
     ("privacy",),

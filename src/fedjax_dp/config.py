@@ -203,7 +203,8 @@ class ExecutionConfig:
         clients_per_block: clients mapped together on a device; 1 = one after another.
         microbatch_size: units computed together; 1 = a loop, large = `vmap` over all; 0 = 1 on
             CPU and 32 on accelerators.
-        devices: devices of the `clients` axis in each process; 0 = all.
+        devices: devices of the `clients` axis in each process; 0 = all, but no more than clients.
+            Of a CPU an experiment makes one device a core, or as many as are asked for.
         processes: that an experiment starts on this machine, the cores shared out among them.
         conv_variant: "auto", or a `models.layers.ConvVariant`.
         pool: where the training tiles lie: "resident" (whole on every device), "packed" (on the

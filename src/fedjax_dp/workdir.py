@@ -14,6 +14,7 @@ import jax
 
 import fedjax_dp
 from fedjax_dp.config import Config, identity
+from fedjax_dp.processor import cores
 from fedjax_dp.reporting.log import to_json, write_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting", "orbax-checkpoint")
@@ -67,10 +68,8 @@ def _source_digest(folder: pathlib.Path) -> str:
 
 
 def _parallelism() -> tuple[int | str, ...]:
-    """What XLA sizes its thread pool by: the cores this process may use, not those there are."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-    return cores, *(os.environ.get(name, "") for name in ("NPROC", "PJRT_NPROC"))
+    """What XLA sizes its thread pool by."""
+    return cores(), *(os.environ.get(name, "") for name in ("NPROC", "PJRT_NPROC"))
 
 
 def _processor() -> str:

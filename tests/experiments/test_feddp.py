@@ -164,6 +164,7 @@ def test_flags_are_the_configuration(monkeypatch):
     [
         (None, 1, None),
         (None, 2, "--xla_force_host_platform_device_count=2"),
+        (None, 0, "--xla_force_host_platform_device_count=5"),
         ("--a=1", 3, "--a=1 --xla_force_host_platform_device_count=3"),
         ("--xla_force_host_platform_device_count=8", 2, "--xla_force_host_platform_device_count=8"),
     ],
@@ -173,6 +174,7 @@ def test_the_processor_is_split_unless_the_user_did(given, devices, expected, mo
     monkeypatch.delenv("XLA_FLAGS")
     if given:
         monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(launcher, "cores", lambda: 5)
     launcher.split_cpu(devices)
     assert os.environ.get("XLA_FLAGS") == expected
 

@@ -130,6 +130,12 @@ def test_meshes_have_one_axis_over_the_first_devices():
     assert client_mesh().size == jax.device_count()
 
 
+def test_no_device_is_left_without_a_client():
+    assert client_mesh(0, 1).size == 1
+    assert client_mesh(0, 10_000).size == jax.device_count()
+    assert client_mesh(1, 10_000).size == 1
+
+
 def test_stacked_chunks_hold_typed_threefry_keys():
     chunk = stack_chunk([CLIENTS[0], None])
     for key in (chunk.keys.noise, chunk.keys.augmentation):

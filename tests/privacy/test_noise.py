@@ -20,6 +20,12 @@ def draws(seed=0, count=COUNT):
     return np.asarray(jax.jit(gaussian, static_argnums=1)(jax.random.key(seed), (count,)))
 
 
+def blocks():
+    """The whole blocks of `draws`, one a row."""
+    size = 2 * noise._BLOCK
+    return draws()[: COUNT // size * size].reshape(-1, size)
+
+
 def zeros(dtype=jnp.float32):
     return {"kernel": jnp.zeros((100, 40, 5), dtype), "bias": jnp.zeros((20_001,), dtype)}
 
@@ -46,13 +52,31 @@ def test_draws_are_normal_and_the_test_has_power():
 
 
 def test_the_two_draws_of_a_pair_are_independent():
-    half = COUNT // 2
-    assert_uncorrelated(draws()[:half], draws()[half:])
+    half = noise._BLOCK  # a block holds the cosines of all its pairs, then their sines
+    cosines, sines = np.swapaxes(blocks().reshape(-1, 2, half), 0, 1)
+    assert_uncorrelated(cosines, sines)
     assert_uncorrelated(draws()[:-1], draws()[1:])
     # Of a radius of another law, sine and cosine are dependent, and only their squares tell.
     radius, angle = np.random.default_rng(0).uniform(1, 3, half), np.arange(half)
     with pytest.raises(AssertionError, match="squares"):
         assert_uncorrelated(radius * np.cos(angle), radius * np.sin(angle))
+
+
+def test_the_blocks_of_a_draw_are_independent():
+    first, *others = blocks()
+    assert len(others) > 10
+    for other in others:
+        assert_uncorrelated(first, other)
+    assert_uncorrelated(blocks()[1:], blocks()[:-1])
+
+
+def test_cosine_and_sine_of_every_angle():
+    ends = np.arange(0, 2**32, 2**29)[:, None] + np.arange(-3, 4)  # where quadrants are left
+    angle = np.concatenate([ends.ravel(), np.linspace(0, 2**32 - 1, 1_000_003)]) % 2**32
+    found = jax.jit(noise._cosine_and_sine)(angle.astype(np.uint32))
+    turns = 2 * np.pi * angle.astype(np.uint32).astype(np.float64) / 2**32
+    for values, exact in zip(found, (np.cos(turns), np.sin(turns)), strict=True):
+        np.testing.assert_allclose(values, exact, atol=1.5e-7, rtol=0)
 
 
 def with_bits(monkeypatch, high, low, angle=0):
@@ -78,8 +102,8 @@ def test_the_tail_reaches_beyond_what_a_float32_normal_can_draw(monkeypatch):
 def test_the_far_tail_has_the_right_law(monkeypatch, bits):
     """Given a uniform below 2**-bits, exp(-r**2 / 2) must be uniform below 2**-bits: r > 3 .. 6."""
     rng = np.random.default_rng(bits)
-    high = rng.integers(0, 2 ** (32 - bits), 20_000)
-    low = rng.integers(0, 2**32, 20_000)
+    high = rng.integers(0, 2 ** (32 - bits), 8_000)
+    low = rng.integers(0, 2**32, 8_000)
     radius = with_bits(monkeypatch, high, low).astype(np.float64)
     assert radius.min() > math.sqrt(2 * bits * math.log(2)) - 1e-3
     assert_follows(np.exp(-(radius**2) / 2) * 2.0**bits, stats.uniform())

@@ -123,7 +123,8 @@ def make_device(
         mesh: instead of the one that the configuration names.
     """
     execution = config.execution
-    mesh = cohort.client_mesh(execution.devices) if mesh is None else mesh
+    if mesh is None:
+        mesh = cohort.client_mesh(execution.devices, len(sites.sites))
     # A loop over single units is fastest on CPU; a GPU wants many at once.
     on_cpu = jax.default_backend() == "cpu"
     microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)

@@ -166,7 +166,7 @@ def _client_round(config: Config, federation: Federation, sites: Sites) -> Calla
         model,
         sites,
         jax.random.key(0),
-        mesh=cohort.local_mesh(cohort.client_mesh(config.execution.devices)),
+        mesh=cohort.local_mesh(cohort.client_mesh(config.execution.devices, len(sites.sites))),
     )
     slots = device.mesh.size * config.execution.clients_per_block
     chunk, _ = examples(device, sites, slots)

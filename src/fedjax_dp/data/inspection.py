@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from fedjax_dp.data.images import ImageError, read_image, read_mask
 from fedjax_dp.data.manifest import Finding, Level, Manifest, Row
 from fedjax_dp.data.splits import EXCLUDED, TRAIN, split_of
 from fedjax_dp.data.tiles import IGNORE_INDEX
+from fedjax_dp.processor import cores
 
 LABEL_MODES = ("class", "instance")
 DEFAULT_CLASS_NAMES = ("background", "nucleus")
@@ -124,7 +124,7 @@ def inspect(
             )  # left out on purpose; one whose split is wrong is looked at all the same
         return _look(manifest, row, split, label_mode, tuple(class_names), tile_size, visit)
 
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, cores())
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         looks = list(pool.map(look, rows, splits))
     findings = list(manifest.findings)

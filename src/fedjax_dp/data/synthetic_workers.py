@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from fedjax_dp.data.synthetic_tile import TileId, TileSpec, draw_tile
+from fedjax_dp.processor import cores
 
 _MIN_TILES_OF_A_WORKER = 100  # starting one takes as long as drawing about this many
 _COMMAND = "from fedjax_dp.data.synthetic_workers import main; main()"
@@ -48,7 +49,7 @@ def draw_tiles(
         RuntimeError: if a worker process fails.
     """
     if num_workers is None:
-        num_workers = max(min(_num_cores(), len(tile_ids) // _MIN_TILES_OF_A_WORKER), 1)
+        num_workers = max(min(cores(), len(tile_ids) // _MIN_TILES_OF_A_WORKER), 1)
     if num_workers < 1:
         raise ValueError(f"Expected num_workers >= 1 or None, got {num_workers}.")
     size = spec.tile_size
@@ -110,12 +111,6 @@ def _draw_with_processes(
             for process in processes:
                 process.kill()
             raise
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -47,14 +47,22 @@ class PackedChunk(NamedTuple):
 AnyChunk: TypeAlias = CohortChunk | PackedChunk
 
 
-def client_mesh(num_devices: int = 0) -> Mesh:
-    """A mesh of one axis, `clients`, over the first `num_devices` of every process (0 = all).
+def client_mesh(num_devices: int = 0, num_clients: int | None = None) -> Mesh:
+    """A mesh of one axis, `clients`, over the first `num_devices` of every process.
+
+    Args:
+        num_devices: 0 = all, but none that would never have a client.
+        num_clients: of the federation; None = as many as there are devices.
 
     Raises:
         ValueError: if a process has fewer devices.
     """
     chosen: list[jax.Device] = []
-    for process in range(jax.process_count()):
+    processes = jax.process_count()
+    if num_devices == 0 and num_clients is not None:
+        of_each = (jax.local_devices(process_index=process) for process in range(processes))
+        num_devices = min(-(-num_clients // processes), *map(len, of_each))
+    for process in range(processes):
         devices = jax.local_devices(process_index=process)
         if num_devices < 0 or num_devices > len(devices):
             raise ValueError(

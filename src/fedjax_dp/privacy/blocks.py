@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from fedjax_dp.hoisting import hoisted
 from fedjax_dp.typing import NonPrivate, Params, PRNGKey
 from fedjax_dp.varying import vary_like
 
@@ -92,22 +93,20 @@ def in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Sum
         num_units = jnp.minimum(num_units, slots)
         units = jax.tree.map(jnp.asarray, units)
 
-        def visit(index: Any, carry: Any) -> Any:
+        def at(index: Any) -> Any:
             slot = index * size + jnp.arange(size)
             is_real = slot < num_units
             # A padded slot repeats slot 0: masked out, its own tile, which may be anybody's, could
             # still spoil the gradient of a sum, for 0 x NaN is NaN.
             slot = jnp.where(is_real, slot, 0)
             some, some_keys = jax.tree.map(lambda leaf: leaf[slot], (units, keys))
-            added = block(params, some, some_keys, is_real, l2_clip_norm)
-            return jax.tree.map(jnp.add, carry, added)
+            return block(params, some, some_keys, is_real, l2_clip_norm)
 
-        def first_block() -> Any:
-            some, some_keys = jax.tree.map(lambda leaf: leaf[:size], (units, keys))
-            return block(params, some, some_keys, jnp.arange(size) < num_units, l2_clip_norm)
+        added, shapes = hoisted(at, jax.ShapeDtypeStruct((), jnp.int32))
 
-        # Only the shapes of a block are asked for here; nothing of it is computed.
-        shapes = jax.eval_shape(first_block)
+        def visit(index: Any, carry: Any) -> Any:
+            return jax.tree.map(jnp.add, carry, added(index))
+
         zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         zero = vary_like(zero, (params, units, num_units, l2_clip_norm))
         if loop == "drawn":

@@ -1,16 +1,21 @@
 """Gaussian noise in float32 whose tail reaches beyond nine standard deviations."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jax import lax
+from jaxtyping import Array, Float32, UInt32
 
 from fedjax_dp.typing import Params, PRNGKey
 
 NOISE_REACH = 9.5
 """Standard deviations that no draw of `gaussian` exceeds: sqrt(2 log 2**65) = 9.493."""
+
+_BLOCK = 8192
+"""Pairs that are drawn together."""
 
 
 def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
@@ -28,18 +33,54 @@ def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         ValueError: for a key that is not a typed threefry key.
     """
     _check(key)
-    size = 1
-    for extent in shape:
-        size *= extent
+    size = math.prod(shape)
     pairs = -(-size // 2)
-    high, low, angle = jax.random.bits(key, (3, pairs), jnp.uint32).astype(jnp.float32)
+    if pairs <= _BLOCK:
+        draws = _pairs(key, pairs)
+    else:
+        # A block stays in a core's cache from its bits to its draws, and only these are kept.
+        blocks = jnp.arange(-(-pairs // _BLOCK))
+        draws = lax.map(lambda index: _pairs(jax.random.fold_in(key, index), _BLOCK), blocks)
+    return draws.reshape(-1)[:size].reshape(shape)
+
+
+def _pairs(key: PRNGKey, pairs: int) -> Float32[Array, "2 pairs"]:
+    """Independent pairs of standard normal draws."""
+    high, low, angle = jax.random.bits(key, (3, pairs), jnp.uint32)
     # (high + low / 2**32) / 2**32 is uniform on a grid of 2**-64; zero becomes half a grid step.
-    uniform = (high + low * 2.0**-32) * 2.0**-32
+    uniform = (high.astype(jnp.float32) + low.astype(jnp.float32) * 2.0**-32) * 2.0**-32
     # float32 rounds the topmost 2**-25 of the grid up to one, whose logarithm is a clean zero.
     radius = jnp.sqrt(-2.0 * jnp.log(jnp.clip(uniform, 2.0**-65, 1.0)))
-    turn = angle * jnp.float32(2.0 * jnp.pi * 2.0**-32)
-    draws = jnp.concatenate([radius * jnp.cos(turn), radius * jnp.sin(turn)])
-    return draws[:size].reshape(shape)
+    return radius * jnp.stack(_cosine_and_sine(angle))
+
+
+def _cosine_and_sine(angle: UInt32[Array, " n"]) -> tuple[Array, Array]:
+    """Cosine and sine of `angle / 2**32` turns, within 1.5e-7.
+
+    XLA's own are seven times slower on CPU: they reduce arguments of any size. Here the quadrant is
+    the angle's two leading bits after rounding, and the rest, an eighth of a turn to either side,
+    is exact. The polynomials are those of Cephes (Moshier 1989, sinf.c).
+    """
+    quadrant = (angle + jnp.uint32(1 << 29)) >> 30
+    rest = lax.bitcast_convert_type(angle - (quadrant << 30), jnp.int32)
+    x = rest.astype(jnp.float32) * jnp.float32(2.0 * math.pi * 2.0**-32)
+    square = x * x
+    sine = x + x * square * (
+        -1.6666654611e-1 + square * (8.3321608736e-3 + square * -1.9515295891e-4)
+    )
+    cosine = (
+        1.0
+        - 0.5 * square
+        + square
+        * square
+        * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
+    )
+    is_odd = quadrant & 1 == 1
+    first, second = jnp.where(is_odd, sine, cosine), jnp.where(is_odd, cosine, sine)
+    return (
+        jnp.where((quadrant + 1) & 2 == 2, -first, first),
+        jnp.where(quadrant & 2 == 2, -second, second),
+    )
 
 
 def add_noise(key: PRNGKey, tree: Params, noise_stddev: Any) -> Params:
