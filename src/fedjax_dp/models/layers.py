@@ -346,10 +346,30 @@ class GroupNorm(nn.Module):
         return (centred * multiplier + shift).astype(x.dtype)
 
 
+@jax.custom_vjp
 def max_pool_2x2(x: Float[Array, "N H W C"]) -> Float[Array, "N H/2 W/2 C"]:
-    """Maximum over 2x2 windows, stride 2, as the maximum of four strided slices."""
+    """Maximum over 2x2 windows, stride 2. Pixels that share a maximum share its gradient."""
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
+
+
+def _max_pool_2x2_fwd(x: Array) -> Any:
+    pooled = max_pool_2x2(x)
+    return pooled, (x, pooled)
+
+
+def _max_pool_2x2_bwd(residuals: Any, cotangent: Array) -> Any:
+    x, pooled = residuals
+    # Every pixel looks at its window's maximum: gradients of strided slices would each be widened
+    # to the image's size, and added.
+    n, height, width, channels = pooled.shape
+    windows = x.reshape(n, height, 2, width, 2, channels)
+    is_maximum = windows == pooled[:, :, None, :, None]
+    share = cotangent / jnp.maximum(is_maximum.sum((2, 4)), 1).astype(cotangent.dtype)
+    return (jnp.where(is_maximum, share[:, :, None, :, None], 0).reshape(x.shape),)
+
+
+max_pool_2x2.defvjp(_max_pool_2x2_fwd, _max_pool_2x2_bwd)
 
 
 class UpConv(nn.Module):
