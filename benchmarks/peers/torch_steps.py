@@ -42,8 +42,8 @@ class TorchPeer:
 
         Args:
             problem: this process's part.
-            mode: "none" is not private, else Opacus's "hooks", "functorch", "ghost", or "func",
-                which hands it the gradients of `torch.func.vmap`.
+            mode: "none" is not private, else Opacus's "hooks", "functorch" or "ghost", or "func":
+                no mode of Opacus, whose optimiser gets the gradients of `torch.func.vmap`.
             channels_last: memory format of tensors and kernels.
             compile: whether `torch.compile` gets the network and the loss.
             up: see `torch_unet.Up`.

@@ -6,6 +6,9 @@ A name's best arrangement stands for it. Opacus's hooks and ghost modes are left
 format channels_last, for they are wrong there (Opacus 1.6.0, PyTorch 2.13.0): their clipped sums
 are off by more than their own size. With torch.compile Opacus's modes give the same sums and are
 slower: hooks are compiled anew for every layer, and what `torch.func` maps gains nothing.
+
+`torch_func` is no mode of Opacus: it hands the gradients of `torch.func.vmap` over the whole network
+to Opacus's optimiser, which clips, adds and noises them. It stands under a name of its own.
 """
 
 import dataclasses
@@ -45,11 +48,11 @@ def step_variants() -> list[Variant]:
         ("functorch", True, False),
         ("func", False, False),
     ):
-        parts = [*([mode] if mode != "none" else []), _format(channels_last)]
+        parts = [*([mode] if mode not in ("none", "func") else []), _format(channels_last)]
         parts += ["torch.compile"] * compiled
         variants.append(
             Variant(
-                name="torch" if mode == "none" else "opacus",
+                name={"none": "torch", "func": "torch_func"}.get(mode, "opacus"),
                 label=", ".join(parts),
                 factory=_TORCH,
                 options={"mode": mode, "channels_last": channels_last, "compile": compiled},
@@ -75,7 +78,7 @@ def round_variants(cores: int) -> list[Variant]:
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     variants += [
         Variant(
-            name="flower",
+            name="flower_func" if mode == "func" else "flower",
             label=f"{mode}, {_format(channels_last)}",
             factory="benchmarks.peers.flower_round:make",
             options={"mode": mode, "channels_last": channels_last, "actors": cores},
