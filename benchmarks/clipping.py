@@ -28,6 +28,7 @@ from fedjax_dp.models.layers import default_conv_variant
 from fedjax_dp.models.unet import unet
 from fedjax_dp.privacy.clipping import clipped_grad
 from fedjax_dp.privacy.noise import add_noise
+from fedjax_dp.processor import use_huge_pages
 from fedjax_dp.segmentation.objective import segmentation_loss
 from fedjax_dp.typing import ClientConstants, ClientKeys, ClientPlan, TilePool
 
@@ -261,6 +262,7 @@ def verdicts(records: list[Record], growth: float | None) -> list[Verdict]:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
+    use_huge_pages()
     records, found = run(
         Setup(
             tile_size=_TILE.value,

@@ -37,6 +37,7 @@ from absl import app, flags
 from benchmarks import harness, input_child
 from benchmarks.harness import Record, Verdict
 from benchmarks.round import Shape
+from fedjax_dp.processor import use_huge_pages
 
 _CLIENTS = flags.DEFINE_integer("clients", 4, "Sites, all in every round.", allow_override=True)
 _UNITS = flags.DEFINE_integer("units", 4, "Patients a client draws in a step.", allow_override=True)
@@ -235,6 +236,7 @@ def _record(setup: Setup, pool: str, blocks: list[dict[str, Any]]) -> Record:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
+    use_huge_pages()
     setup = Setup(
         clients=_CLIENTS.value, units=_UNITS.value, tiles_per_unit=_OWN.value,
         tile_size=_SIDE.value, base_channels=_BASE.value, depth=_DEPTH.value,

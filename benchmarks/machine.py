@@ -37,6 +37,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": cores(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "device": f"{device.platform} {device.device_kind}",
         "load_average": os.getloadavg()[0],
         **versions(),

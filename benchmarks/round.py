@@ -7,8 +7,9 @@ r"""What does a whole private round take against the bare compute of the units i
 `round` is `training.run` itself, from one line of its log to the next: charge on disk, cohort and
 units drawn, chunks stacked and placed, clients visited, the server's step, epsilon of every client,
 ledger and log. `bare` is ONE call of a program that sums the clipped gradients of exactly the units
-those rounds drew, and nothing else: no noise, no optimiser, no client, no server. That is the
-honest baseline, for it is the work that cannot be left out. `placed` runs the round's own programs
+those rounds drew, shared out evenly over all devices, and nothing else: no noise, no optimiser, no
+client, no server. That is the honest baseline, for it is the work that cannot be left out, and no
+device waits. `placed` runs the round's own programs
 once more on chunks that are already on the devices: what it takes above `bare` is spent there
 (noise, optimiser, a call for each chunk), and what `round` takes above `placed` is the host's.
 The three alternate in blocks of rounds, and ratios are medians over the blocks.
@@ -30,10 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import harness, memory
 from benchmarks.harness import Record, Verdict
 from benchmarks.machine import CompileLog, compile_log, flops_of
+from experiments.launcher import split_cpu
 from fedjax_dp import training
 from fedjax_dp.assembly.programs import Device, Programs, make_model
 from fedjax_dp.config import Config
@@ -42,6 +45,7 @@ from fedjax_dp.data.tiles import TileTable, concatenate
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.client import UnitTiles, pooled_loss
 from fedjax_dp.privacy.clipping import clipped_grad, summed_grad
+from fedjax_dp.processor import use_huge_pages
 from fedjax_dp.reporting.log import MetricsLog
 from fedjax_dp.segmentation.objective import segmentation_loss
 
@@ -57,6 +61,7 @@ _DEPTH = flags.DEFINE_integer("depth", 2, "Poolings of the U-Net.", allow_overri
 _STEPS = flags.DEFINE_integer("local_steps", 1, "Steps of a client in a round.")
 _SPREAD = flags.DEFINE_float("spread", 0.0, "Clients differ in size by up to this fraction.")
 _BLOCK = flags.DEFINE_integer("clients_per_block", 1, "See config.ExecutionConfig.")
+_DEVICES = flags.DEFINE_integer("devices", 0, "Of a CPU; 0 = one a core, as experiments do.")
 _MICRO = flags.DEFINE_integer("microbatch_size", 0, "See config.ExecutionConfig.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed blocks of rounds.", allow_override=True)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON lines file to append to.", allow_override=True)
@@ -104,7 +109,7 @@ class Shape:
         privacy.unit, privacy.noise_multiplier, privacy.target_epsilon = "patient", 1.0, 0.0
         privacy.expected_batch_size, privacy.tiles_per_unit = float(self.units), 1
         federation.rounds, federation.local_steps = rounds, self.local_steps
-        execution.devices, execution.clients_per_block = 1, self.clients_per_block
+        execution.clients_per_block = self.clients_per_block
         execution.microbatch_size = self.microbatch_size
         if self.cohort:
             privacy.placement, privacy.tiles_per_unit = "central", 2
@@ -278,16 +283,16 @@ def bare_program(config: Config) -> Callable[..., Any]:
 
 
 class Bare:
-    """The bare program, compiled once, on the units of a block of rounds.
-
-    Attributes:
-        total: the sum of the last call.
-    """
-
-    total: Any = None
+    """The bare program, compiled once, on the units of a block of rounds."""
 
     def __init__(self, config: Config) -> None:
         self._function, self._program = bare_program(config), None
+        self._devices = np.array(jax.local_devices())
+        self._mesh = Mesh(self._devices, ("devices",))
+
+    def total(self) -> Any:
+        """The sum of the last call."""
+        return jax.tree.map(lambda leaf: leaf.sum(0), self._last)
 
     def __call__(self, watched: Watched) -> float:
         """Seconds of one call on all the units that the block drew."""
@@ -300,23 +305,46 @@ class Bare:
             real &= np.repeat(np.asarray(chunk.constants.is_active) > 0, real.size // len(number))
             units.append(index.reshape(-1, index.shape[-1])[real])
             counts.append(tiles.reshape(-1)[real])
-        num_units = sum(map(len, units))
         if self._program is None:
             self._slots = 2 * slots  # a later block may have more chunks where cohorts vary
-        index = np.zeros((self._slots, units[0].shape[-1]), np.int32)
-        tiles = np.ones(self._slots, np.int32)
-        index[:num_units], tiles[:num_units] = np.concatenate(units), np.concatenate(counts)
+        shares = len(self._devices)
+        index = np.zeros((shares, self._slots, units[0].shape[-1]), np.int32)
+        tiles = np.ones((shares, self._slots), np.int32)
+        num_units = np.zeros(shares, np.int32)
+        for share in range(shares):
+            mine = np.concatenate(units)[share::shares]
+            index[share, : len(mine)], num_units[share] = mine, len(mine)
+            tiles[share, : len(mine)] = np.concatenate(counts)[share::shares]
         keys = jnp.broadcast_to(jax.random.key(0), (self._slots,))
-        params = watched.visits[0][0].params
-        arguments = jax.device_put(
-            (params, index, tiles, keys, np.int32(num_units), np.float32(1), watched.device.pool)
+        own = NamedSharding(self._mesh, PartitionSpec("devices"))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        params, pool = watched.visits[0][0].params, watched.device.pool
+        arguments = (
+            *jax.device_put((index, tiles, num_units), own),
+            *jax.device_put((params, keys, np.float32(1), pool), everywhere),
         )
         if self._program is None:
-            self._program = jax.jit(self._function).lower(*arguments).compile()
+            self._program = jax.jit(self._shared).lower(*arguments).compile()
             jax.block_until_ready(self._program(*arguments))
         start = time.perf_counter()
-        self.total = jax.block_until_ready(self._program(*arguments))
+        self._last = jax.block_until_ready(self._program(*arguments))
         return time.perf_counter() - start
+
+    def _shared(self, index: Any, tiles: Any, num_units: Any, *alike: Any) -> Any:
+        def on_device(index: Any, tiles: Any, num_units: Any, *alike: Any) -> Any:
+            params, keys, clip, pool = alike
+            params = jax.lax.pcast(params, "devices", to="varying")
+            one = self._function(params, index[0], tiles[0], keys, num_units[0], clip, pool)
+            return jax.tree.map(lambda leaf: leaf[None], one)
+
+        own, whole = PartitionSpec("devices"), PartitionSpec()
+        shared = jax.shard_map(
+            on_device,
+            mesh=self._mesh,
+            in_specs=(own, own, own, *[whole] * len(alike)),
+            out_specs=own,
+        )
+        return shared(index, tiles, num_units, *alike)
 
 
 def measure(shape: Shape, *, repeats: int) -> tuple[list[Record], list[Verdict]]:
@@ -337,6 +365,7 @@ def measure(shape: Shape, *, repeats: int) -> tuple[list[Record], list[Verdict]]
     settings = dataclasses.asdict(shape) | {
         "rounds": rounds,
         "tiles_per_round": tiles / rounds,
+        "mesh": dict(watched.device.mesh.shape),
         "compiles_after_round_one": watched.compiles,
         "setup_seconds": watched.setup_seconds,
         "gflop_per_tile": 1e-9 * flops,
@@ -448,6 +477,8 @@ def _flatness(records: list[Record]) -> list[Verdict]:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
+    use_huge_pages()
+    split_cpu(_DEVICES.value)
     common = {
         "base_channels": _BASE.value, "depth": _DEPTH.value, "local_steps": _STEPS.value,
         "spread": _SPREAD.value, "clients_per_block": _BLOCK.value,

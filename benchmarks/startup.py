@@ -27,6 +27,7 @@ from absl import app, flags
 
 from benchmarks import harness, startup_child
 from benchmarks.harness import Record, Verdict
+from fedjax_dp.processor import use_huge_pages
 
 _MANIFEST = flags.DEFINE_string(
     "manifest", "", "CSV of images; empty = the synthetic federation.", allow_override=True
@@ -132,6 +133,7 @@ def measure(config: dict[str, Any], *, repeats: int) -> tuple[list[Record], list
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
+    use_huge_pages()
     config: dict[str, Any] = {
         "data.tile_size": _TILE.value,
         "model.base_channels": _BASE.value,

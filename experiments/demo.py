@@ -18,12 +18,12 @@ from experiments.launcher import EXIT_STOPPED, split_cpu
 from fedjax_dp.config import (
     Config,
     DataConfig,
-    ExecutionConfig,
     FederationConfig,
     ModelConfig,
     PrivacyConfig,
 )
 from fedjax_dp.interrupts import Stopped
+from fedjax_dp.processor import use_huge_pages
 
 BASELINE, TILE, PATIENT = "fedavg", "feddp-tile", "feddp-patient"
 
@@ -42,7 +42,6 @@ def configs() -> dict[str, Config]:
             model=ModelConfig(base_channels=8, depth=2, num_groups=4),
             privacy=privacy,
             federation=federation,
-            execution=ExecutionConfig(devices=1),
             eval_every=10,
             checkpoint_every=20,
         )
@@ -84,12 +83,13 @@ def main(argv: list[str]) -> int:
     """Runs what is left of the demo and compares; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+    use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     start = time.perf_counter()
     folder = pathlib.Path(_WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     runs = configs()
-    split_cpu(1)
+    split_cpu(0)
     # jax starts here.
     from fedjax_dp import training
     from fedjax_dp.assembly.federation import load_federation

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from experiments import processes
 from fedjax_dp.config import Config
-from fedjax_dp.processor import cores
+from fedjax_dp.processor import cores, use_huge_pages
 
 EXIT_STOPPED = 130
 
@@ -44,6 +44,7 @@ def main(experiment: str, **defaults: Any) -> None:
     def call(argv: list[str]) -> int:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+        use_huge_pages()
         count = holder.value.execution.processes
         if count > 1 and processes.from_environment() is None:
             # The command as it was given, interpreter options and all.

@@ -178,9 +178,14 @@ MUTANTS = {
     ),
     "sum_before_clip": Mutant(
         "the gradient is summed over devices before it is clipped",
-        (Edit("federated.cohort", 'params = lax.pcast(params, AXIS, to="varying")', ""),),
+        (Edit("federated.cohort", 'params = lax.pcast(params, CLIENTS, to="varying")', ""),),
         (NEIGHBOURS
          + "test_on_two_devices[a_gradient_at_the_servers_parameters_is_clipped_alone]",),
+    ),
+    "sum_of_shared_units_before_clip": Mutant(
+        "the gradient of units that devices share is summed over them before it is clipped",
+        (Edit("privacy.blocks", 'params = lax.pcast(params, axis_name, to="varying")', "pass"),),
+        (NEIGHBOURS + "test_on_two_devices[shared_units_equal_the_loop_dp_sgd]",),
     ),
     "divisor_of_the_draw": Mutant(
         "the noised sum is divided by the number of units drawn",

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import problem as problems
+from fedjax_dp.processor import wanted_environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Running:
             **os.environ,
             **{name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
             "JAX_PLATFORMS": "cpu",
+            **wanted_environment(),
             **variant.environment,
         }
         self._workers = []

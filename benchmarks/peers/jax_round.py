@@ -15,27 +15,46 @@ from benchmarks.peers.jax_steps import from_flat, loss_of, our_network, to_flat
 from benchmarks.peers.problem import Flat, Problem
 from fedjax_dp.federated.algorithms.fed_avg import fed_avg
 from fedjax_dp.federated.client import client_update
-from fedjax_dp.federated.cohort import CohortChunk, by_client, client_mesh, replicated, stack_chunk
+from fedjax_dp.federated.cohort import (
+    UNITS,
+    CohortChunk,
+    by_client,
+    client_mesh,
+    num_slots,
+    replicated,
+    stack_chunk,
+)
 from fedjax_dp.typing import ClientConstants, ClientKeys, ClientPlan, TilePool
 
 
 class OurRound:
     """All clients, `devices` at a time; `benchmarks.peers.worker.Peer`."""
 
-    def __init__(self, problem: Problem, *, devices: int = 1, microbatch_size: int = 1):
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        devices: int = 1,
+        devices_per_client: int = 1,
+        microbatch_size: int = 1,
+    ):
         """Compiles, and puts parameters and tiles on the devices.
 
         Args:
             problem: whose sizes have clients, steps and batch.
             devices: XLA devices, over which clients are spread.
+            devices_per_client: of these, that share the units of a client.
             microbatch_size: of `client_update`.
         """
-        self._sizes, self._mesh = problem.sizes, client_mesh(devices)
+        self._sizes = problem.sizes
+        self._mesh = client_mesh(devices, devices_per_client=devices_per_client)
+        self._slots = num_slots(self._mesh, 1)
         update = client_update(
             loss_of(our_network(problem)),
             optax.sgd(problem.sizes.learning_rate),
             placement="dp_sgd",
             microbatch_size=microbatch_size,
+            axis_name=UNITS,
         )
         algorithm = fed_avg(update, optax.sgd(1.0), mesh=self._mesh)
         everywhere = replicated(self._mesh)
@@ -77,14 +96,14 @@ class OurRound:
         )
 
     def _chunk(self, first: int, noise_multiplier: float) -> CohortChunk:
-        members = range(first, min(first + self._mesh.size, self._sizes.clients))
+        members = range(first, min(first + self._slots, self._sizes.clients))
         slots: list[Any] = [self._client(index, noise_multiplier) for index in members]
-        slots += [None] * (self._mesh.size - len(slots))
+        slots += [None] * (self._slots - len(slots))
         return jax.device_put(stack_chunk(slots), by_client(self._mesh))
 
     def _round(self, noise_multiplier: float) -> Any:
         acc = self._begin(self._state)
-        for first in range(0, self._sizes.clients, self._mesh.size):
+        for first in range(0, self._sizes.clients, self._slots):
             chunk = self._chunk(first, noise_multiplier)
             acc, _, _ = self._visit(acc, self._state, chunk, self._pool)
         self._round_index += 1
@@ -104,7 +123,7 @@ class OurRound:
         return {
             "program_compile_seconds": self._compile_seconds,
             "program_temp_bytes": self._temp_bytes,
-            "devices": self._mesh.size,
+            "devices": dict(self._mesh.shape),
         }
 
 

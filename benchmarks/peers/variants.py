@@ -7,8 +7,8 @@ format channels_last, for they are wrong there (Opacus 1.6.0, PyTorch 2.13.0): t
 are off by more than their own size. With torch.compile Opacus's modes give the same sums and are
 slower: hooks are compiled anew for every layer, and what `torch.func` maps gains nothing.
 
-`torch_func` is no mode of Opacus: it hands the gradients of `torch.func.vmap` over the whole network
-to Opacus's optimiser, which clips, adds and noises them. It stands under a name of its own.
+`torch_func` is no mode of Opacus: it hands the gradients of `torch.func.vmap` over the whole
+network to Opacus's optimiser, which clips, adds and noises them. It has a name of its own.
 """
 
 import dataclasses
@@ -68,12 +68,12 @@ def round_variants(cores: int) -> list[Variant]:
     variants = [
         Variant(
             name="private",
-            label=f"{devices} XLA devices",
+            label=f"{devices} XLA devices, {together} on a client",
             factory="benchmarks.peers.jax_round:make",
-            options={"devices": devices},
+            options={"devices": devices, "devices_per_client": together},
             environment={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         )
-        for devices in (1, cores)
+        for devices, together in ((1, 1), (cores, 1), (cores, cores))
     ]
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     variants += [

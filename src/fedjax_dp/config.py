@@ -203,8 +203,10 @@ class ExecutionConfig:
         clients_per_block: clients mapped together on a device; 1 = one after another.
         microbatch_size: units computed together; 1 = a loop, large = `vmap` over all; 0 = 1 on
             CPU and 32 on accelerators.
-        devices: devices of the `clients` axis in each process; 0 = all, but no more than clients.
-            Of a CPU an experiment makes one device a core, or as many as are asked for.
+        devices: of each process; 0 = all that have work. Of a CPU an experiment makes one device a
+            core, or as many as are asked for.
+        devices_per_client: devices that share the units of one client, the others having clients
+            of their own; 0 = see `assembly.devices.devices_per_client`.
         processes: that an experiment starts on this machine, the cores shared out among them.
         conv_variant: "auto", or a `models.layers.ConvVariant`.
         pool: where the training tiles lie: "resident" (whole on every device), "packed" (on the
@@ -219,6 +221,7 @@ class ExecutionConfig:
     clients_per_block: int = 1
     microbatch_size: int = 0
     devices: int = 0
+    devices_per_client: int = 0
     processes: int = 1
     conv_variant: str = "auto"
     pool: str = "auto"

@@ -33,7 +33,7 @@ class Evaluator:
     ):
         self._mesh = cohort.local_mesh(mesh)
         self.batch_size = -(-max(batch_size, 1) // self._mesh.size) * self._mesh.size
-        self._sharding = cohort.by_client(self._mesh)
+        self._sharding = cohort.by_device(self._mesh)
 
         def program(params: Params, images: Any, labels: Any) -> tuple[Any, Any]:
             logits = apply(params, images.astype(jnp.float32) / 255.0, jax.random.key(0))

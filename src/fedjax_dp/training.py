@@ -31,6 +31,7 @@ from fedjax_dp.data.federation import Federation, fingerprint, site_sources
 from fedjax_dp.data.sources import holdings
 from fedjax_dp.federated.algorithms.base import ServerState
 from fedjax_dp.federated.client import ClientInfo
+from fedjax_dp.federated.cohort import num_slots
 from fedjax_dp.federated.rounds import ChunkInput, RoundInput, RoundMaker, ahead
 from fedjax_dp.interrupts import Stopped, noted_signals
 from fedjax_dp.privacy.clipping import UnitSums
@@ -130,7 +131,7 @@ def run(
         config = tuning.with_plan(config, choice.plan)
         model = make_model(config, len(federation.class_names))
     device = make_device(config, federation, model, sites, jax.random.key(max(config.seed, 0)))
-    per_chunk = device.mesh.size * config.execution.clients_per_block
+    per_chunk = num_slots(device.mesh, config.execution.clients_per_block)
     with busy("Compiling", show=progress):
         chunk, release = examples(device, sites, per_chunk)
         programs = compile_programs(config, device, chunk, release)
@@ -206,7 +207,7 @@ def _lead(this: Run, held: Any, data_fingerprint: str) -> dict[str, Any]:
             {**this.device.plan, "initial": _digest(this.device.state.params)}
         ),
         context=f"{data_fingerprint}/{config_hash(config)}".encode(),
-        clients_per_chunk=this.device.mesh.size * config.execution.clients_per_block,
+        clients_per_chunk=num_slots(this.device.mesh, config.execution.clients_per_block),
         # Of "central" the mechanisms hold the probability that is accounted and drawn with.
         cohort_mode="all" if is_central else config.federation.cohort,
         cohort_size=config.federation.cohort_size or None,

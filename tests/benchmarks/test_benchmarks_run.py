@@ -132,7 +132,7 @@ def test_the_bare_program_does_the_work_of_the_round_and_no_other():
         acc = programs.begin(state)
         for chunk in chunks:
             acc, _, _ = programs.visit(acc, state, chunk)
-        sums.append((flat(bare.total), flat(acc.total), watched.tiles[-1]))
+        sums.append((flat(bare.total()), flat(acc.total), watched.tiles[-1]))
 
     with machine.compile_log() as log:
         round.Watched(1, 2, log, after).run(config, shape.federation())

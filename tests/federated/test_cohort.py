@@ -125,15 +125,15 @@ def test_a_block_of_nobody_and_absent_devices_are_refused():
             client_mesh(count)
 
 
-def test_meshes_have_one_axis_over_the_first_devices():
-    assert client_mesh(1).axis_names == (cohort.AXIS,)
+def test_meshes_have_two_axes_over_the_first_devices():
+    assert client_mesh(1).axis_names == (cohort.CLIENTS, cohort.UNITS)
     assert client_mesh().size == jax.device_count()
 
 
 def test_no_device_is_left_without_a_client():
-    assert client_mesh(0, 1).size == 1
-    assert client_mesh(0, 10_000).size == jax.device_count()
-    assert client_mesh(1, 10_000).size == 1
+    assert client_mesh(num_clients=1).size == 1
+    assert client_mesh(num_clients=10_000).size == jax.device_count()
+    assert client_mesh(1, num_clients=10_000).size == 1
 
 
 def test_stacked_chunks_hold_typed_threefry_keys():

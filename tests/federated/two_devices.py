@@ -21,7 +21,7 @@ from fedjax_dp.federated.aggregators import secure_sum, weighted_mean
 from fedjax_dp.federated.client import ClientInfo, client_update
 from fedjax_dp.federated.packing import Packing, pack
 from fedjax_dp.federated.share import masked_share
-from fedjax_dp.privacy import clipping
+from fedjax_dp.privacy import blocks, clipping
 from fedjax_dp.typing import NonPrivate
 from tests import oracles
 from tests.laws import assert_std, assert_uncorrelated
@@ -216,6 +216,100 @@ def packed_tiles_lie_with_their_clients_and_change_no_bit():
     np.testing.assert_array_equal(info.units.value.units, [3, 4, 0, 3])
 
 
+# --- two devices that share the units of a client
+
+
+@functools.cache
+def shared(update, placement_of_sum=None):
+    """One client at a time, its units on both devices."""
+    mesh = cohort.client_mesh(devices_per_client=2)
+    aggregator = placement_of_sum or AGGREGATOR
+    visiting = cohort.visit_clients(update, aggregator, mesh=mesh)
+    return jax.jit(
+        lambda params, chunk, pool: visiting(aggregator.init(params), params, chunk, pool)
+    )
+
+
+def shared_update(placement="dp_sgd", **settings):
+    return client_update(
+        keyed_loss, optax.sgd(1.0), placement=placement, axis_name=cohort.UNITS, **settings
+    )
+
+
+def assert_shared_equals_alone(placement, **settings):
+    pool, params = make_pool(), linear_params()
+    sharing, lonely = shared(shared_update(placement, **settings)), real_update(placement)
+    for client in range(len(PLANS)):  # of three units, of one, of none
+        chunk = make_chunk(client + 1)
+        one = jax.tree.map(lambda leaf, client=client: leaf[client : client + 1], chunk)
+        acc, _, info = sharing(params, one, pool)
+        assert_trees_close(AGGREGATOR.finish(acc), alone(lonely, chunk, client, pool))
+        assert float(info.units.value.units[0]) == float(PLANS[client].num_units.sum())
+
+
+def shared_units_equal_the_loop_dp_sgd():
+    assert_shared_equals_alone("dp_sgd")
+    assert_shared_equals_alone("dp_sgd", microbatch_size=2)
+    assert_shared_equals_alone("dp_sgd", loop="capacity")
+    assert_shared_equals_alone("dp_sgd", is_adaptive=True)
+
+
+def shared_units_equal_the_loop_without_privacy():
+    assert_shared_equals_alone("none")
+    assert_shared_equals_alone("none", microbatch_size=2)
+
+
+def shared_units_equal_the_loop_update():
+    assert_shared_equals_alone("update")
+
+
+def without_pcast_units_are_not_shared():
+    """The negative control: without it JAX refuses the loop, or the sums differ."""
+    before = blocks.lax.pcast
+    blocks.lax.pcast = lambda tree, axis, **settings: (
+        tree if axis == cohort.UNITS else before(tree, axis, **settings)
+    )
+    shared.cache_clear()
+    try:
+        assert_shared_equals_alone("dp_sgd")
+    except (AssertionError, TypeError):
+        return
+    finally:
+        blocks.lax.pcast = before
+        shared.cache_clear()
+    raise AssertionError("the check passed without the cast")
+
+
+def one_shared_unit_moves_its_client_by_the_clip():
+    chunk, params = make_chunk(1), linear_params()
+    update = shared(shared_update())
+    first, second = (
+        AGGREGATOR.finish(update(params, chunk, pool)[0])
+        for pool in (make_pool(), make_pool(gains={2: oracles.NAN}))
+    )
+    moved = distance(first, second)
+    assert 0.99 * CLIP <= moved <= CLIP * (1 + 1e-5), moved
+
+
+def shared_units_of_a_share_give_the_same_words():
+    """Integers bit for bit; of floats, whose sum is taken in another order, the last places."""
+    step, params, pool = 2.0**-20, linear_params(), make_pool()
+    aggregator = secure_sum(params, step)
+    slot = make_client(
+        PLANS[0]._replace(tile_index=PLANS[0].tile_index[:1]), 0, clip=CLIP, stddev=0.01
+    )
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 51), np.uint32)
+    keys = slot.keys._replace(mask=words[0], integer_noise=words[1].view(np.int32))
+    chunk = cohort.stack_chunk([slot._replace(keys=keys)])
+    for levels, tolerance in ((2**20, 0), (None, 3)):
+        settings = {"step": 1 / levels if levels else step, "levels": levels}
+        together = masked_share(keyed_loss, **settings, axis_name=cohort.UNITS)
+        acc, _, info = shared(together, aggregator)(params, chunk, pool)
+        plain = jitted(masked_share(keyed_loss, **settings))(params, *take(chunk, 0), pool)[0]
+        assert np.abs(np.asarray(acc - plain).view(np.int32)).max() <= tolerance
+        assert float(info.units.value.units[0]) == 2.0
+
+
 CHECKS = (
     two_devices_are_there,
     each_delta_equals_the_loop_block_1,
@@ -227,6 +321,12 @@ CHECKS = (
     an_empty_slot_on_the_second_device_adds_nothing,
     masked_words_of_two_devices_sum_to_the_plain_ones,
     packed_tiles_lie_with_their_clients_and_change_no_bit,
+    shared_units_equal_the_loop_dp_sgd,
+    shared_units_equal_the_loop_without_privacy,
+    shared_units_equal_the_loop_update,
+    without_pcast_units_are_not_shared,
+    one_shared_unit_moves_its_client_by_the_clip,
+    shared_units_of_a_share_give_the_same_words,
 )
 
 

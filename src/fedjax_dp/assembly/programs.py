@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fedjax_dp.assembly.devices import make_mesh
 from fedjax_dp.assembly.pools import resolve_pool
 from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.checkpoint import load_params
@@ -83,7 +84,7 @@ class Device(NamedTuple):
     """The device side of a run before anything is compiled.
 
     Attributes:
-        mesh: devices of the `clients` axis.
+        mesh: the devices.
         plan: the resolved execution plan, for the environment's hash and for people.
         algorithm: the federated algorithm.
         apply: the model.
@@ -123,8 +124,7 @@ def make_device(
         mesh: instead of the one that the configuration names.
     """
     execution = config.execution
-    if mesh is None:
-        mesh = cohort.client_mesh(execution.devices, len(sites.sites))
+    mesh = make_mesh(execution, sites) if mesh is None else mesh
     # A loop over single units is fastest on CPU; a GPU wants many at once.
     on_cpu = jax.default_backend() == "cpu"
     microbatch_size = execution.microbatch_size or (1 if on_cpu else 32)
@@ -150,6 +150,7 @@ def make_device(
             "clients_per_block": execution.clients_per_block,
             "microbatch_size": microbatch_size,
             "devices": mesh.size,
+            "devices_per_client": mesh.shape[cohort.UNITS],
             "processes": jax.process_count(),
             "conv_variant": model.conv_variant,
             # The bits are the same, but of two programs no compiler promises that.
@@ -205,7 +206,11 @@ def _algorithm(
     if privacy.placement == "distributed":
         encoding = _encoding([site.mechanism for site in sites.sites])
         share = masked_share(
-            loss_fn, microbatch_size=microbatch_size, is_adaptive=adaptive is not None, **encoding
+            loss_fn,
+            microbatch_size=microbatch_size,
+            is_adaptive=adaptive is not None,
+            axis_name=cohort.UNITS,
+            **encoding,
         )
         opened = secure_sum(params, encoding["step"], has_count=adaptive is not None)
         return opened_sum(share, server_optimizer, opened, **common)
@@ -217,6 +222,7 @@ def _algorithm(
         placement=privacy.placement,  # type: ignore[arg-type]
         microbatch_size=microbatch_size,
         is_adaptive=adaptive is not None,
+        axis_name=cohort.UNITS,
     )
     if privacy.placement == "central":
         return opened_sum(update, server_optimizer, noised_sum(), **common)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_dp.assembly.devices import make_mesh
 from fedjax_dp.assembly.programs import examples, make_device, make_model
 from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.config import Config
@@ -166,9 +167,9 @@ def _client_round(config: Config, federation: Federation, sites: Sites) -> Calla
         model,
         sites,
         jax.random.key(0),
-        mesh=cohort.local_mesh(cohort.client_mesh(config.execution.devices, len(sites.sites))),
+        mesh=cohort.local_mesh(make_mesh(config.execution, sites)),
     )
-    slots = device.mesh.size * config.execution.clients_per_block
+    slots = cohort.num_slots(device.mesh, config.execution.clients_per_block)
     chunk, _ = examples(device, sites, slots)
     mechanism = sites.sites[0].mechanism
     capacity = chunk.plan.tile_index.shape[2]
@@ -203,7 +204,7 @@ def _key(config: Config, sites: Sites, plans: tuple[Plan, ...]) -> str:
         "steps": mechanism.local_steps,
         "tiles_per_unit": mechanism.tiles_per_unit,
         "units": max(round(site.mechanism.expected_batch_size) for site in sites.sites),
-        "devices": config.execution.devices,
+        "devices": (config.execution.devices, config.execution.devices_per_client),
         "plans": plans,
     }
     return environment_hash(parts)

@@ -75,6 +75,7 @@ def client_update(
     microbatch_size: int = 1,
     loop: Literal["drawn", "capacity"] = "drawn",
     is_adaptive: bool = False,
+    axis_name: str | None = None,
 ) -> ClientUpdate:
     """Makes the update of one client.
 
@@ -95,6 +96,7 @@ def client_update(
         loop: see `clipping.clipped_grad`.
         is_adaptive: for "dp_sgd", whether every step also releases a noised count of the units
             below the clip norm (`ClientInfo.centred_count` is its mean over the steps).
+        axis_name: see `clipping.clipped_grad`.
 
     References:
         McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
@@ -118,7 +120,7 @@ def client_update(
         unit_loss = pooled_loss(loss_fn, pool)
         steps = plan.num_units.shape[0]
         make = clipping.clipped_grad if placement == "dp_sgd" else clipping.summed_grad
-        grad_fn = make(unit_loss, microbatch_size=microbatch_size, loop=loop)
+        grad_fn = make(unit_loss, microbatch_size=microbatch_size, loop=loop, axis_name=axis_name)
 
         def step(carry: Any, inputs: Any) -> Any:
             local, optimizer_state = carry

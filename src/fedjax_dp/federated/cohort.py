@@ -1,4 +1,8 @@
-"""The one place where a client axis exists: blocks of clients, over the devices of a mesh."""
+"""The one place where a client axis exists: blocks of clients, over the devices of a mesh.
+
+A mesh has two axes. Along `clients` every device, or group of devices, has clients of its own;
+along `units` the devices of a group share the units of each of its clients.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,11 +26,12 @@ from fedjax_dp.typing import (
 )
 from fedjax_dp.varying import vary_like
 
-AXIS = "clients"
+CLIENTS = "clients"
+UNITS = "units"
 
 
 class CohortChunk(NamedTuple):
-    """Clients visited by one call: every leaf has a leading axis C = devices x block.
+    """Clients visited by one call: every leaf has a leading axis C, see `num_slots`.
 
     Slots without a client carry `is_active` and `weight` zero.
     """
@@ -47,34 +52,50 @@ class PackedChunk(NamedTuple):
 AnyChunk: TypeAlias = CohortChunk | PackedChunk
 
 
-def client_mesh(num_devices: int = 0, num_clients: int | None = None) -> Mesh:
-    """A mesh of one axis, `clients`, over the first `num_devices` of every process.
+def client_mesh(
+    num_devices: int = 0, *, num_clients: int | None = None, devices_per_client: int = 1
+) -> Mesh:
+    """A mesh of the axes `clients` and `units` over the first devices of every process.
 
     Args:
-        num_devices: 0 = all, but none that would never have a client.
+        num_devices: of each process; 0 = all, but none that would never have a client.
         num_clients: of the federation; None = as many as there are devices.
+        devices_per_client: size of the axis `units`; such a group never spans two processes.
 
     Raises:
-        ValueError: if a process has fewer devices.
+        ValueError: if a process has fewer devices, or no whole groups of them.
     """
-    chosen: list[jax.Device] = []
     processes = jax.process_count()
-    if num_devices == 0 and num_clients is not None:
-        of_each = (jax.local_devices(process_index=process) for process in range(processes))
-        num_devices = min(-(-num_clients // processes), *map(len, of_each))
-    for process in range(processes):
-        devices = jax.local_devices(process_index=process)
-        if num_devices < 0 or num_devices > len(devices):
-            raise ValueError(
-                f"Expected execution.devices between 0 (all) and {len(devices)}, got {num_devices}."
-            )
-        chosen += devices[: num_devices or len(devices)]
-    return Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+    of_each = [jax.local_devices(process_index=process) for process in range(processes)]
+    fewest = min(map(len, of_each))
+    if num_devices < 0 or num_devices > fewest:
+        raise ValueError(
+            f"Expected execution.devices between 0 (all) and {fewest}, got {num_devices}."
+        )
+    groups, rest = divmod(num_devices or fewest, max(devices_per_client, 1))
+    if devices_per_client < 1 or groups < 1 or (num_devices and rest):
+        raise ValueError(
+            f"Expected execution.devices={num_devices or fewest} to be groups of "
+            f"execution.devices_per_client={devices_per_client}. Change one of them."
+        )
+    if num_clients is not None and not num_devices:
+        groups = min(groups, -(-num_clients // processes))
+    chosen = [devices[: groups * devices_per_client] for devices in of_each]
+    return _mesh(np.array(chosen).reshape(-1, devices_per_client))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, (CLIENTS, UNITS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
     """The part of `mesh` that this process can reach; `mesh` itself where that is all of it."""
-    return Mesh(np.array(mesh.local_devices), mesh.axis_names, axis_types=mesh.axis_types)
+    return _mesh(np.array(mesh.local_devices).reshape(-1, mesh.shape[UNITS]))
+
+
+def num_slots(mesh: Mesh, clients_per_block: int) -> int:
+    """C of a chunk: clients that are visited by one call."""
+    return mesh.shape[CLIENTS] * clients_per_block
 
 
 def local_slots(mesh: Mesh, clients_per_block: int) -> tuple[int, ...]:
@@ -82,7 +103,7 @@ def local_slots(mesh: Mesh, clients_per_block: int) -> tuple[int, ...]:
     here = jax.process_index()
     return tuple(
         index * clients_per_block + slot
-        for index, device in enumerate(mesh.devices.flat)
+        for index, device in enumerate(mesh.devices[:, 0])
         if device.process_index == here
         for slot in range(clients_per_block)
     )
@@ -94,8 +115,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_client(mesh: Mesh) -> NamedSharding:
-    """Where the leaves of a `CohortChunk` live: the leading axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+    """Where the leaves of a `CohortChunk` live: a client's with the devices that visit it."""
+    return NamedSharding(mesh, PartitionSpec(CLIENTS))
+
+
+def by_device(mesh: Mesh) -> NamedSharding:
+    """A leading axis over all devices, whichever client they work for."""
+    return NamedSharding(mesh, PartitionSpec((CLIENTS, UNITS)))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -154,12 +180,13 @@ def visit_clients(
         client_update: the update of ONE client.
         aggregator: adds deltas, weighted by `constants.weight`.
         clients_per_block: clients mapped together by `vmap` on a device; 1 runs one after another.
-        mesh: devices of the axis `clients`; by default all.
+        mesh: of `client_mesh`; by default all devices, each with clients of its own. Where its
+            axis `units` is longer than one, `client_update` was made with `axis_name=UNITS`.
 
     Returns:
         `visit(acc, params, chunk, pool) -> (acc, client_state, info)`, where the chunk holds
-        `mesh.size * clients_per_block` clients, and any other number is a ValueError. The pool is
-        one of all clients, or `ClientPools`, of which each device gets its own clients'.
+        `num_slots(mesh, clients_per_block)` clients, and any other number is a ValueError. The pool
+        is one of all clients, or `ClientPools`, of which each device gets its own clients'.
     """
     if clients_per_block < 1:
         raise ValueError(f"Expected execution.clients_per_block >= 1, got {clients_per_block}.")
@@ -168,7 +195,7 @@ def visit_clients(
     def on_device(params: Params, chunk: CohortChunk, pool: TilePool | ClientPools) -> Any:
         # Without this cast the gradient with respect to replicated parameters is summed over the
         # devices' clients BEFORE it is clipped, silently.
-        params = lax.pcast(params, AXIS, to="varying")
+        params = lax.pcast(params, CLIENTS, to="varying")
 
         def one(chunk: CohortChunk, pool: TilePool | ClientPools) -> Any:
             return client_update(params, *chunk, TilePool(*pool))
@@ -192,21 +219,21 @@ def visit_clients(
     def visit(
         acc: Any, params: Params, chunk: CohortChunk, pool: TilePool | ClientPools
     ) -> tuple[Any, Any, ClientInfo]:
-        slots, expected = chunk.constants.weight.shape[0], mesh.size * clients_per_block
+        slots, expected = chunk.constants.weight.shape[0], num_slots(mesh, clients_per_block)
         if slots != expected:  # clients beyond a block would be left out, silently
             raise ValueError(
-                f"Expected a chunk of devices x clients_per_block = {expected} slots, got {slots}. "
+                f"Expected a chunk of groups x clients_per_block = {expected} slots, got {slots}. "
                 "Pass None to stack_chunk for slots without a client."
             )
-        pool_spec = PartitionSpec(AXIS) if _is_own(pool) else PartitionSpec()
+        pool_spec = PartitionSpec(CLIENTS) if _is_own(pool) else PartitionSpec()
         per_device = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(AXIS), pool_spec),
-            out_specs=PartitionSpec(AXIS),
+            in_specs=(PartitionSpec(), PartitionSpec(CLIENTS), pool_spec),
+            out_specs=PartitionSpec(CLIENTS),
         )
         accs, client_state, info = per_device(params, chunk, pool)
-        for index in range(mesh.size):
+        for index in range(mesh.shape[CLIENTS]):
             acc = aggregator.merge(acc, jax.tree.map(lambda leaf, i=index: leaf[i], accs))
         return acc, client_state, info
 

@@ -20,6 +20,7 @@ def masked_share(
     microbatch_size: int = 1,
     loop: Literal["drawn", "capacity"] = "drawn",
     is_adaptive: bool = False,
+    axis_name: str | None = None,
 ) -> ClientUpdate:
     """Makes the message of one client of placement "distributed": one step, no local training.
 
@@ -40,6 +41,7 @@ def masked_share(
         microbatch_size: units computed at once; never changes the result beyond rounding.
         loop: see `clipping.clipped_grad`.
         is_adaptive: whether the last word is the noised count of units below the clip norm.
+        axis_name: see `clipping.clipped_grad`.
 
     Raises:
         ValueError: an adaptive clip norm on the discrete path.
@@ -49,6 +51,12 @@ def masked_share(
             "Expected a fixed clip norm on the discrete path, got is_adaptive=True. Use "
             "privacy.noise=gaussian, or no adaptive clipping."
         )
+
+    blocks: dict[str, Any] = {
+        "microbatch_size": microbatch_size,
+        "loop": loop,
+        "axis_name": axis_name,
+    }
 
     def update(
         params: Params,
@@ -66,7 +74,7 @@ def masked_share(
         num_units = jnp.where(is_active, plan.num_units[0], 0)
         arguments = (params, units, unit_keys, num_units, constants.l2_clip_norm)
         if levels is None:
-            grad_fn = clipping.clipped_grad(unit_loss, microbatch_size=microbatch_size, loop=loop)
+            grad_fn = clipping.clipped_grad(unit_loss, **blocks)
             summed, aux = grad_fn(*arguments)
             values = _flat(summed)
             # In clip norms, so that the encoding does not depend on the clip norm.
@@ -77,9 +85,7 @@ def masked_share(
             is_finite = jnp.isfinite(values).all()
             words = _encode(values, step)
         else:
-            quantised = quantisation.quantised_grad(
-                unit_loss, microbatch_size=microbatch_size, levels=levels, loop=loop
-            )
+            quantised = quantisation.quantised_grad(unit_loss, levels=levels, **blocks)
             summed, aux = quantised(*arguments)
             words = _flat(summed) + keys.integer_noise
             is_finite = jnp.ones((), bool)

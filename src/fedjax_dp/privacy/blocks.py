@@ -66,7 +66,9 @@ def unit_sums(loss: Array, norm: Array, clipped: Array, finite: Array, is_real: 
     )
 
 
-def in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> SummedGradFn:
+def in_blocks(
+    block: Callable[..., Any], microbatch_size: int, loop: str, axis_name: str | None = None
+) -> SummedGradFn:
     """Adds up `block` over as many units as were drawn, `microbatch_size` at a time.
 
     Args:
@@ -75,6 +77,8 @@ def in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Sum
         microbatch_size: B, at most the number of slots.
         loop: "drawn" visits only the blocks that hold real units; "capacity" visits all slots in
             a `scan` of static length, for code that differentiates through training.
+        axis_name: mesh axis of an enclosing `shard_map` whose devices share the blocks; only what
+            they have summed is added up over it.
 
     Raises:
         ValueError: for a microbatch size below one or an unknown loop.
@@ -92,6 +96,12 @@ def in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Sum
         size = min(microbatch_size, slots)
         num_units = jnp.minimum(num_units, slots)
         units = jax.tree.map(jnp.asarray, units)
+        place, places = jnp.int32(0), 1
+        if axis_name is not None:
+            # Without this cast the gradient with respect to parameters that all devices have alike
+            # is summed over them BEFORE it is clipped, silently.
+            params = lax.pcast(params, axis_name, to="varying")
+            place, places = lax.axis_index(axis_name), lax.axis_size(axis_name)
 
         def at(index: Any) -> Any:
             slot = index * size + jnp.arange(size)
@@ -102,18 +112,21 @@ def in_blocks(block: Callable[..., Any], microbatch_size: int, loop: str) -> Sum
             some, some_keys = jax.tree.map(lambda leaf: leaf[slot], (units, keys))
             return block(params, some, some_keys, is_real, l2_clip_norm)
 
-        added, shapes = hoisted(at, jax.ShapeDtypeStruct((), jnp.int32))
+        added, shapes = hoisted(at, place)
 
-        def visit(index: Any, carry: Any) -> Any:
-            return jax.tree.map(jnp.add, carry, added(index))
+        def visit(turn: Any, carry: Any) -> Any:
+            return jax.tree.map(jnp.add, carry, added(turn * places + place))
 
         zero = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         zero = vary_like(zero, (params, units, num_units, l2_clip_norm))
         if loop == "drawn":
-            total = lax.fori_loop(0, (num_units + size - 1) // size, visit, zero)
+            blocks = (num_units + size - 1) // size
+            total = lax.fori_loop(0, (blocks - place + places - 1) // places, visit, zero)
         else:
-            blocks = jnp.arange(-(-slots // size))
-            total, _ = lax.scan(lambda carry, index: (visit(index, carry), None), zero, blocks)
+            turns = jnp.arange(-(-slots // (size * places)))
+            total, _ = lax.scan(lambda carry, turn: (visit(turn, carry), None), zero, turns)
+        if axis_name is not None:
+            total = lax.psum(total, axis_name)
         summed, sums = total
         return summed, NonPrivate(sums)
 

@@ -95,6 +95,7 @@ def clipped_grad(
     *,
     microbatch_size: int = 1,
     loop: Literal["drawn", "capacity"] = "drawn",
+    axis_name: str | None = None,
 ) -> ClippedGrad:
     """Per-unit normalised gradients, summed.
 
@@ -114,6 +115,8 @@ def clipped_grad(
             `vmap` over all. Never changes the result beyond rounding.
         loop: "drawn" visits only the blocks that hold real units; "capacity" visits all slots in
             a `scan` of static length, for code that differentiates through training.
+        axis_name: mesh axis of an enclosing `shard_map` whose devices, given the same arguments,
+            share the units; each gets the whole sum. Every unit is clipped by itself before.
 
     Returns:
         The function; its `.sensitivity(relation)` is in units of the clip norm.
@@ -147,7 +150,7 @@ def clipped_grad(
         )
         return total, unit_sums(loss, norm, clipped, jnp.isfinite(norm), is_real)
 
-    return ClippedGrad(in_blocks(block, microbatch_size, loop))
+    return ClippedGrad(in_blocks(block, microbatch_size, loop, axis_name))
 
 
 def summed_grad(
@@ -155,6 +158,7 @@ def summed_grad(
     *,
     microbatch_size: int = 1,
     loop: Literal["drawn", "capacity"] = "drawn",
+    axis_name: str | None = None,
 ) -> SummedGradFn:
     """The same sum without clipping, for training whose units need no bound of their own.
 
@@ -165,6 +169,7 @@ def summed_grad(
         loss_fn: as in `clipped_grad`.
         microbatch_size: as in `clipped_grad`.
         loop: as in `clipped_grad`.
+        axis_name: as in `clipped_grad`.
     """
 
     def block(params: Params, units: Any, keys: Any, is_real: Array, clip: Any) -> Any:
@@ -179,7 +184,7 @@ def summed_grad(
         zero = jnp.zeros_like(losses)
         return gradient, unit_sums(losses, zero, zero, jnp.isfinite(losses), is_real)
 
-    return in_blocks(block, microbatch_size, loop)
+    return in_blocks(block, microbatch_size, loop, axis_name)
 
 
 __all__ = [

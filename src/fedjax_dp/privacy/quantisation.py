@@ -72,6 +72,7 @@ def quantised_grad(
     microbatch_size: int = 1,
     levels: int = 2**20,
     loop: Literal["drawn", "capacity"] = "drawn",
+    axis_name: str | None = None,
 ) -> QuantisedGrad:
     """Per-unit normalised gradients, quantised to integers and then summed.
 
@@ -93,6 +94,7 @@ def quantised_grad(
         levels: integer units in a gradient of norm one, in [1, 2**21]. Rounding adds at most
             sqrt(dimension) / 2 / levels to the sensitivity.
         loop: as in `clipping.clipped_grad`.
+        axis_name: as in `clipping.clipped_grad`.
 
     Returns:
         The function; its `.sensitivity(dimension, relation)` is in integer units.
@@ -123,7 +125,7 @@ def quantised_grad(
         total = jax.tree.map(masked_sum, integers)
         return total, unit_sums(loss, norm, clipped, is_good, is_real)
 
-    return QuantisedGrad(in_blocks(block, microbatch_size, loop), levels)
+    return QuantisedGrad(in_blocks(block, microbatch_size, loop, axis_name), levels)
 
 
 def squared_norm(tree: Any) -> UInt32[Array, "5"]:
