@@ -349,7 +349,7 @@ class Bare:
 
 def measure(shape: Shape, *, repeats: int) -> tuple[list[Record], list[Verdict]]:
     """The records of `round`, `placed` and `bare`, and what was promised of them."""
-    rounds = max(1, 40 // shape.clients)
+    rounds = max(1, min(40 // shape.clients, 500 // (shape.clients * shape.units)))
     config = shape.config(2 + rounds * repeats)
     bare, times = Bare(config), {"placed": [], "bare": []}
 

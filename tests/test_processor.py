@@ -49,7 +49,8 @@ def test_the_same_command_starts_once_more_and_only_once():
         "processor.wanted_environment = lambda: "
         "{} if 'SEEN' in os.environ else {'SEEN': str(os.getpid())}; "
         "processor.use_huge_pages(); "
-        "print(json.dumps([os.environ['SEEN'], str(os.getpid()), sys.argv[1:], sys.flags.utf8_mode]))"
+        "found = [os.environ['SEEN'], str(os.getpid()), sys.argv[1:], sys.flags.utf8_mode]; "
+        "print(json.dumps(found))"
     )
     done = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", program, "--a=b c", ""],

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from fedjax_dp.hoisting import hoisted
@@ -64,6 +65,12 @@ def unit_sums(loss: Array, norm: Array, clipped: Array, finite: Array, is_real: 
         clipped=total(clipped, is_real & finite),
         non_finite=total(jnp.ones_like(loss), is_real & ~finite),
     )
+
+
+def _added_up(tree: Any, axis_name: str) -> Any:
+    """The sum over a mesh axis of leaves of one type, as one message: devices meet once."""
+    flat, unflatten = ravel_pytree(tree)
+    return unflatten(lax.psum(flat, axis_name))
 
 
 def in_blocks(
@@ -126,7 +133,7 @@ def in_blocks(
             turns = jnp.arange(-(-slots // (size * places)))
             total, _ = lax.scan(lambda carry, turn: (visit(turn, carry), None), zero, turns)
         if axis_name is not None:
-            total = lax.psum(total, axis_name)
+            total = tuple(_added_up(part, axis_name) for part in total)
         summed, sums = total
         return summed, NonPrivate(sums)
 
