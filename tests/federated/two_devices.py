@@ -9,12 +9,14 @@ import functools
 import json
 import sys
 import traceback
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_dp.assembly.pools import resident_pool
 from fedjax_dp.data.tiles import TileArrays
 from fedjax_dp.federated import cohort
 from fedjax_dp.federated.aggregators import secure_sum, weighted_mean
@@ -216,6 +218,23 @@ def packed_tiles_lie_with_their_clients_and_change_no_bit():
     np.testing.assert_array_equal(info.units.value.units, [3, 4, 0, 3])
 
 
+def a_resident_pool_is_one_copy_for_both():
+    """Wherever the table's arrays begin."""
+    images, labels = (np.asarray(leaf) for leaf in make_pool()[:2])
+    for offset in range(0, 64, 16):
+        shifted = np.empty(images.nbytes + 128, np.uint8)
+        start = -shifted.ctypes.data % 64 + offset
+        moved = shifted[start : start + images.nbytes].reshape(images.shape)
+        moved[...] = images
+        table = types.SimpleNamespace(images=moved, labels=labels)
+        pool = resident_pool(table, cohort.client_mesh())
+        for found, expected in zip(pool[:2], (images, labels), strict=True):
+            np.testing.assert_array_equal(found, expected)
+            first, second = (s.data.unsafe_buffer_pointer() for s in found.addressable_shards)
+            assert first == second
+        assert (first == labels.ctypes.data) == (labels.ctypes.data % 64 == 0)
+
+
 # --- two devices that share the units of a client
 
 
@@ -321,6 +340,7 @@ CHECKS = (
     an_empty_slot_on_the_second_device_adds_nothing,
     masked_words_of_two_devices_sum_to_the_plain_ones,
     packed_tiles_lie_with_their_clients_and_change_no_bit,
+    a_resident_pool_is_one_copy_for_both,
     shared_units_equal_the_loop_dp_sgd,
     shared_units_equal_the_loop_without_privacy,
     shared_units_equal_the_loop_update,

@@ -9,6 +9,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from fedjax_dp.data.tiles import TileTable
+from fedjax_dp.federated import cohort
+from fedjax_dp.typing import TilePool
 
 PoolPlace = Literal["auto", "resident", "packed"]
 
@@ -16,7 +18,9 @@ DEVICE_SHARE = 0.5
 """Of an accelerator's memory, what a resident pool may take: the network needs the rest."""
 
 HOST_SHARE = 0.25
-"""Of the host's memory, what resident pools may take on CPU: the host's own copy is there, too."""
+"""Of the host's memory, what a resident pool may take on CPU: the host's own copy is there, too."""
+
+_ALIGNMENT = 64
 
 
 def resolve_pool(setting: str, table: TileTable, mesh: Mesh) -> str:
@@ -40,6 +44,29 @@ def resolve_pool(setting: str, table: TileTable, mesh: Mesh) -> str:
     return "resident" if fits else "packed"
 
 
+def resident_pool(table: TileTable, mesh: Mesh) -> TilePool:
+    """The training tiles on all devices of the mesh; of CPU devices one copy serves all.
+
+    XLA's CPU devices read an array of the host in place if it begins at a multiple of 64 bytes, so
+    the table's arrays are not to be written to afterwards.
+    """
+    arrays = [table.images, table.labels]
+    if mesh.devices.flat[0].platform == "cpu":
+        arrays = [_aligned(array) for array in arrays]
+    return cohort.place(TilePool(*arrays), cohort.replicated(mesh))
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array itself if it begins at a multiple of `_ALIGNMENT` bytes, else a copy that does."""
+    if array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
+        return array
+    buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def pool_bytes(table: TileTable) -> int:
     """Bytes of all training tiles and their labels."""
     return int(np.prod(table.images.shape) + np.prod(table.labels.shape))
@@ -48,8 +75,7 @@ def pool_bytes(table: TileTable) -> int:
 def room(mesh: Mesh) -> int:
     """Bytes that a resident pool may take on each of this process's devices."""
     devices = mesh.local_devices
-    if devices[0].platform == "cpu":  # all of them share the host's memory
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(HOST_SHARE * memory / len(devices))
+    if devices[0].platform == "cpu":  # all of them share the host's memory, and one copy
+        return int(HOST_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return int(DEVICE_SHARE * min(limits))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_dp.assembly.devices import make_mesh
-from fedjax_dp.assembly.pools import resolve_pool
+from fedjax_dp.assembly.pools import resident_pool, resolve_pool
 from fedjax_dp.assembly.sites import Sites
 from fedjax_dp.checkpoint import load_params
 from fedjax_dp.config import Config
@@ -143,7 +143,7 @@ def make_device(
             cohort.local_slots(mesh, execution.clients_per_block),
         )
     else:
-        pool = cohort.place(TilePool(table.images, table.labels), everywhere)
+        pool = resident_pool(table, mesh)
     return Device(
         mesh=mesh,
         plan={
