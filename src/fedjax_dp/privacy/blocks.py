@@ -67,7 +67,7 @@ def unit_sums(loss: Array, norm: Array, clipped: Array, finite: Array, is_real: 
     )
 
 
-def _added_up(tree: Any, axis_name: str) -> Any:
+def _added_up(tree: Any, axis_name: str | None) -> Any:
     """The sum over a mesh axis of leaves of one type, as one message: devices meet once."""
     flat, unflatten = ravel_pytree(tree)
     return unflatten(lax.psum(flat, axis_name))
@@ -103,12 +103,12 @@ def in_blocks(
         size = min(microbatch_size, slots)
         num_units = jnp.minimum(num_units, slots)
         units = jax.tree.map(jnp.asarray, units)
-        place, places = jnp.int32(0), 1
-        if axis_name is not None:
+        place, places = jnp.int32(0), 1 if axis_name is None else lax.axis_size(axis_name)
+        if places > 1:
             # Without this cast the gradient with respect to parameters that all devices have alike
             # is summed over them BEFORE it is clipped, silently.
             params = lax.pcast(params, axis_name, to="varying")
-            place, places = lax.axis_index(axis_name), lax.axis_size(axis_name)
+            place = lax.axis_index(axis_name)
 
         def at(index: Any) -> Any:
             slot = index * size + jnp.arange(size)
@@ -132,7 +132,7 @@ def in_blocks(
         else:
             turns = jnp.arange(-(-slots // (size * places)))
             total, _ = lax.scan(lambda carry, turn: (visit(turn, carry), None), zero, turns)
-        if axis_name is not None:
+        if places > 1:
             total = tuple(_added_up(part, axis_name) for part in total)
         summed, sums = total
         return summed, NonPrivate(sums)
