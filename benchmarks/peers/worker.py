@@ -47,7 +47,7 @@ class Host:
         if action == "prepare":
             return self._prepare()
         if action == "run":
-            # What others left in caches, and in which pages memory lies, is theirs, not this step's.
+            # What others left in caches and pages is theirs, and not this step's to pay for.
             self._peer.step()
             start = time.perf_counter()
             self._peer.step()
