@@ -262,7 +262,6 @@ def verdicts(records: list[Record], growth: float | None) -> list[Verdict]:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
-    use_huge_pages()
     records, found = run(
         Setup(
             tile_size=_TILE.value,
@@ -295,4 +294,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

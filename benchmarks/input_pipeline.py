@@ -236,7 +236,6 @@ def _record(setup: Setup, pool: str, blocks: list[dict[str, Any]]) -> Record:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
-    use_huge_pages()
     setup = Setup(
         clients=_CLIENTS.value, units=_UNITS.value, tiles_per_unit=_OWN.value,
         tile_size=_SIDE.value, base_channels=_BASE.value, depth=_DEPTH.value,
@@ -257,4 +256,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

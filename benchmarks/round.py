@@ -477,7 +477,6 @@ def _flatness(records: list[Record]) -> list[Verdict]:
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
-    use_huge_pages()
     split_cpu(_DEVICES.value)
     common = {
         "base_channels": _BASE.value, "depth": _DEPTH.value, "local_steps": _STEPS.value,
@@ -518,4 +517,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

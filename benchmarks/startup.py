@@ -133,7 +133,6 @@ def measure(config: dict[str, Any], *, repeats: int) -> tuple[list[Record], list
 def main(argv: list[str]) -> None:
     """Measures and reports."""
     del argv
-    use_huge_pages()
     config: dict[str, Any] = {
         "data.tile_size": _TILE.value,
         "model.base_channels": _BASE.value,
@@ -153,4 +152,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

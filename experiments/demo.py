@@ -83,7 +83,6 @@ def main(argv: list[str]) -> int:
     """Runs what is left of the demo and compares; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-    use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     start = time.perf_counter()
     folder = pathlib.Path(_WORKDIR.value)
@@ -148,4 +147,5 @@ def compare(
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -11,6 +11,16 @@ from tests import mutants
 mutants.apply_from_environment()
 
 
+@pytest.fixture(autouse=True)
+def this_process_stays(monkeypatch):
+    """What starts a program anew in this process would end the tests, without a word."""
+
+    def refuse(*command):
+        raise AssertionError(f"this would replace the test run: {command[:2]}")
+
+    monkeypatch.setattr(os, "execve", refuse)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
     """Folder of real tissue, or a skip: it may not be redistributed, so few machines have it."""

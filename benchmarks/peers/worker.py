@@ -47,8 +47,6 @@ class Host:
         if action == "prepare":
             return self._prepare()
         if action == "run":
-            # What others left in caches and pages is theirs, and not this step's to pay for.
-            self._peer.step()
             start = time.perf_counter()
             self._peer.step()
             return {"seconds": time.perf_counter() - start}

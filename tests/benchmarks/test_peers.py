@@ -153,7 +153,7 @@ def test_variants_take_turns(dummy, tmp_path):
         assert first.info["told"] == 1.0
         (tmp_path / "turns").write_text("")
         interleave.take_turns([first, second], 3)
-        assert (tmp_path / "turns").read_text().split() == ["1.0", "2.0"] * 3
+        assert (tmp_path / "turns").read_text().split() == ["1.0", "1.0", "2.0", "2.0"] * 3
         assert len(first.seconds) == len(second.seconds) == 3
         assert first.peak_bytes() >= 0
 
@@ -162,7 +162,7 @@ def test_two_processes_work_at_once_and_the_slower_counts(dummy, tmp_path):
     with interleave.started(dummy("a", seconds=0.4, processes=2), None, cores()) as running:
         (tmp_path / "turns").write_text("")
         running.repeat()
-        assert (tmp_path / "turns").read_text().split() == ["1.0", "1.0", "end", "end"]
+        assert (tmp_path / "turns").read_text().split() == ["1.0", "1.0", "end", "end"] * 2
         assert running.seconds[0] >= 0.4
         assert running.summed()["leaf"].tolist() == [2.0] * 3  # the sum over both
 
