@@ -12,13 +12,15 @@ mutants.apply_from_environment()
 
 
 @pytest.fixture(autouse=True)
-def this_process_stays(monkeypatch):
-    """What starts a program anew in this process would end the tests, without a word."""
+def this_process_stays_as_it_is(monkeypatch):
+    """Experiments prepare their own process; here that would end the tests, or reach the next."""
 
     def refuse(*command):
         raise AssertionError(f"this would replace the test run: {command[:2]}")
 
     monkeypatch.setattr(os, "execve", refuse)
+    # Else the first in-process experiment gives jax as many devices as cores, for all tests after.
+    monkeypatch.setattr("experiments.launcher.cores", lambda: 1)
 
 
 @pytest.fixture(scope="session")
