@@ -91,7 +91,7 @@ def run_and_report(config: Config, workdir: str, experiment: str) -> int:
 def split_cpu(devices: int) -> None:
     """Gives XLA the CPU devices that the config asks for, if the user's XLA_FLAGS do not.
 
-    Threads of one operation wait for each other at its end; devices work on clients of their own.
+    Threads of one operation wait for each other at its end; devices only where they add up sums.
 
     Args:
         devices: 0 = one for every core that this process may use.
