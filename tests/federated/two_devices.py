@@ -23,7 +23,7 @@ from fedjax_dp.federated.aggregators import secure_sum, weighted_mean
 from fedjax_dp.federated.client import ClientInfo, client_update
 from fedjax_dp.federated.packing import Packing, pack
 from fedjax_dp.federated.share import masked_share
-from fedjax_dp.privacy import blocks, clipping
+from fedjax_dp.privacy import blocks, clipping, noise
 from fedjax_dp.typing import NonPrivate
 from tests import oracles
 from tests.laws import assert_std, assert_uncorrelated
@@ -329,6 +329,27 @@ def shared_units_of_a_share_give_the_same_words():
         assert float(info.units.value.units[0]) == 2.0
 
 
+def shared_noise_is_what_one_device_draws():
+    """Bit for bit, of more and of less than a block, and each device draws half of the blocks."""
+    mesh, whole = cohort.client_mesh(devices_per_client=2), jax.sharding.PartitionSpec()
+    for size in (5, 2 * noise._BLOCK, 2 * noise._BLOCK + 1, 100_001):
+        tree = {"a": jnp.ones(size - 2), "b": jnp.zeros(2)}
+        key = jax.random.key(size)
+        together = jax.jit(
+            jax.shard_map(
+                lambda key, tree: noise.add_noise(key, tree, 0.5, axis_name=cohort.UNITS),
+                mesh=mesh,
+                in_specs=(whole, whole),
+                out_specs=whole,
+            )
+        )
+        assert_trees_equal(together(key, tree), jax.jit(noise.add_noise)(key, tree, 0.5))
+    drawn = -(-size // (2 * noise._BLOCK))
+    text = together.lower(key, tree).as_text()
+    assert f"tensor<{-(-drawn // 2)}x2x{noise._BLOCK}xf32>" in text
+    assert f"tensor<{drawn}x2x{noise._BLOCK}xf32>" not in text
+
+
 CHECKS = (
     two_devices_are_there,
     each_delta_equals_the_loop_block_1,
@@ -347,6 +368,7 @@ CHECKS = (
     without_pcast_units_are_not_shared,
     one_shared_unit_moves_its_client_by_the_clip,
     shared_units_of_a_share_give_the_same_words,
+    shared_noise_is_what_one_device_draws,
 )
 
 

@@ -79,7 +79,8 @@ def masked_share(
             values = _flat(summed)
             # In clip norms, so that the encoding does not depend on the clip norm.
             stddev = constants.noise_stddev / constants.l2_clip_norm
-            values = noise.add_noise(jax.random.fold_in(keys.noise, 0), values, stddev)
+            noise_key = jax.random.fold_in(keys.noise, 0)
+            values = noise.add_noise(noise_key, values, stddev, axis_name=axis_name)
             if is_adaptive:
                 values = jnp.append(values, _noised_count(keys, aux, constants))
             is_finite = jnp.isfinite(values).all()

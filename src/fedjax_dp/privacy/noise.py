@@ -18,7 +18,9 @@ _BLOCK = 8192
 """Pairs that are drawn together."""
 
 
-def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
+def gaussian(
+    key: PRNGKey, shape: tuple[int, ...], *, axis_name: str | None = None
+) -> Float32[Array, "..."]:
     """Standard normal draws by Box and Muller (1958), from 96 random bits a pair.
 
     Guarantees: float32; the radius comes from 64 bits and reaches 9.41 (`jax.random.normal` in
@@ -28,6 +30,8 @@ def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
     Args:
         key: typed threefry key, consumed.
         shape: shape of the draws.
+        axis_name: mesh axis of an enclosing `shard_map` whose devices hold the same key: each
+            draws a part and all get the whole, bit for bit what one alone draws.
 
     Raises:
         ValueError: for a key that is not a typed threefry key.
@@ -39,8 +43,17 @@ def gaussian(key: PRNGKey, shape: tuple[int, ...]) -> Float32[Array, "..."]:
         draws = _pairs(key, pairs)
     else:
         # A block stays in a core's cache from its bits to its draws, and only these are kept.
-        blocks = jnp.arange(-(-pairs // _BLOCK))
-        draws = lax.map(lambda index: _pairs(jax.random.fold_in(key, index), _BLOCK), blocks)
+        places = 1 if axis_name is None else lax.axis_size(axis_name)
+        place = 0 if axis_name is None else lax.axis_index(axis_name)
+        turns = -(-pairs // (_BLOCK * places))
+        draws = lax.map(
+            lambda index: _pairs(jax.random.fold_in(key, index), _BLOCK),
+            jnp.arange(turns) * places + place,
+        )
+        if places > 1:
+            # A sum with zeros is exact, and on CPU far cheaper than gathering.
+            alone = jnp.zeros((turns, places, *draws.shape[1:]), draws.dtype)
+            draws = lax.psum(alone.at[:, place].set(draws), axis_name)
     return draws.reshape(-1)[:size].reshape(shape)
 
 
@@ -83,7 +96,9 @@ def _cosine_and_sine(angle: UInt32[Array, " n"]) -> tuple[Array, Array]:
     )
 
 
-def add_noise(key: PRNGKey, tree: Params, noise_stddev: Any) -> Params:
+def add_noise(
+    key: PRNGKey, tree: Params, noise_stddev: Any, *, axis_name: str | None = None
+) -> Params:
     """`tree + noise_stddev * N(0, 1)`, independent for every element of every leaf.
 
     Guarantees: noise is drawn and added in float32 whatever the leaves' dtype, and what is
@@ -93,11 +108,12 @@ def add_noise(key: PRNGKey, tree: Params, noise_stddev: Any) -> Params:
         key: typed threefry key, consumed by one draw for all leaves together.
         tree: pytree of floating-point arrays.
         noise_stddev: absolute standard deviation, scalar, may be traced.
+        axis_name: see `gaussian`; the devices hold the same tree too.
     """
     _check(key)
     leaves, treedef = jax.tree.flatten(tree)
     # One draw for all leaves: a draw for each makes the program slow to compile.
-    draws = gaussian(key, (sum(leaf.size for leaf in leaves),))
+    draws = gaussian(key, (sum(leaf.size for leaf in leaves),), axis_name=axis_name)
     ends = list(itertools.accumulate(leaf.size for leaf in leaves))
     noised = [
         leaf.astype(jnp.float32) + noise_stddev * draws[end - leaf.size : end].reshape(leaf.shape)
