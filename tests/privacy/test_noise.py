@@ -171,6 +171,23 @@ def test_noise_is_independent_across_keys_and_leaves():
         assert_uncorrelated(first, 0.05 * first + second)
 
 
+def test_an_axis_of_one_device_changes_neither_draws_nor_their_type():
+    """More than a block, as the carry of a loop: what varies over an axis is another type."""
+    mesh = jax.make_mesh((1,), ("units",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, size = jax.sharding.PartitionSpec(), 40_000
+
+    def body(key, values):
+        def step(values, _):
+            return add_noise(key, values, 1.0, axis_name="units"), None
+
+        return jax.lax.scan(step, values, None, 2)[0]
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    key = jax.random.key(5)
+    found = jax.jit(mapped)(key, jnp.zeros(size))
+    np.testing.assert_array_equal(found, 2 * gaussian(key, (size,)))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3)])
 def test_odd_sizes_and_scalars(shape):
     values = gaussian(jax.random.key(2), shape)

@@ -44,7 +44,7 @@ def gaussian(
     else:
         # A block stays in a core's cache from its bits to its draws, and only these are kept.
         places = 1 if axis_name is None else lax.axis_size(axis_name)
-        place = 0 if axis_name is None else lax.axis_index(axis_name)
+        place = lax.axis_index(axis_name) if places > 1 else 0
         turns = -(-pairs // (_BLOCK * places))
         draws = lax.map(
             lambda index: _pairs(jax.random.fold_in(key, index), _BLOCK),
