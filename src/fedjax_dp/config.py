@@ -18,6 +18,8 @@ class DataConfig:
 
     Attributes:
         manifest: CSV of images, masks and sites; empty = the synthetic federation.
+        store: folder of `experiments.prepare_tiles`, instead of a manifest; tile size and classes
+            are the store's.
         tile_size: side of a tile, pixels; a multiple of 2**model.depth.
         stride: distance of training tiles, pixels; 0 = tile_size.
         min_tissue: training tiles without annotation and with less tissue are left out.
@@ -34,6 +36,7 @@ class DataConfig:
     """
 
     manifest: str = ""
+    store: str = ""
     tile_size: int = 128
     stride: int = 0
     min_tissue: float = 0.0

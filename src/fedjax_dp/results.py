@@ -247,9 +247,12 @@ def draw_overlays(
 
 def showcase(table: TileTable, per_site: int = 2, max_sites: int = 8) -> dict[str, np.ndarray]:
     """Indices of tiles to show of each site: those whose foreground is nearest to a third."""
-    valid = table.labels != IGNORE_INDEX
-    area = np.maximum(valid.mean((1, 2)), 1e-9)
-    foreground = ((table.labels > 0) & valid).mean((1, 2)) / area
+    valid, positive = np.zeros((2, len(table)))
+    for i, labels in enumerate(table.labels):  # one at a time: they may lie on disk
+        is_valid = labels != IGNORE_INDEX
+        valid[i], positive[i] = is_valid.mean(), ((labels > 0) & is_valid).mean()
+    area = np.maximum(valid, 1e-9)
+    foreground = positive / area
     distance = np.abs(foreground - 1 / 3) + (area < 1)
     chosen = {}
     for site in table.sites[:max_sites]:

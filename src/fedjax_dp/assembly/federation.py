@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fedjax_dp.config import Config, names
+from fedjax_dp.config import Config, DataConfig, names
 from fedjax_dp.data import units
 from fedjax_dp.data.federation import Federation, federation_from_manifest
 from fedjax_dp.data.outline import outline_from_manifest
+from fedjax_dp.data.stored_federation import federation_from_store
 from fedjax_dp.data.synthetic import synthetic_federation
 from fedjax_dp.reporting.progress import busy
 
@@ -18,7 +19,7 @@ POOLED = "pooled"
 
 
 def load_federation(config: Config, *, progress: bool = False) -> Federation:
-    """The federation `config.data` names: a manifest's, or the synthetic one.
+    """The federation `config.data` names: a tile store's, a manifest's, or the synthetic one.
 
     Args:
         config: the run's.
@@ -29,7 +30,9 @@ def load_federation(config: Config, *, progress: bool = False) -> Federation:
     """
     _check_tile_size(config)
     data = config.data
-    if data.manifest:
+    if data.store:
+        federation = _open(config, with_pixels=True)
+    elif data.manifest:
         with busy("Reading and checking the manifest", show=progress):
             federation = _read(config)
     else:
@@ -55,6 +58,8 @@ def load_outline(config: Config) -> Federation:
     """
     _check_tile_size(config)
     data = config.data
+    if data.store:
+        return _open(config, with_pixels=False)
     if not data.manifest:
         return _draw(config, None)
     if data.min_tissue:
@@ -78,6 +83,29 @@ def _check_tile_size(config: Config) -> None:
         raise ValueError(
             f"Expected data.tile_size to be a multiple of 2**model.depth = {side}, got {tile_size}."
         )
+
+
+def _open(config: Config, *, with_pixels: bool) -> Federation:
+    """The federation of a tile store, whose recipe nothing here may contradict."""
+    data, default = config.data, DataConfig()
+    names_of_manifests = ("manifest", "stride", "min_tissue", "label_mode", "class_names")
+    changed = [
+        f"data.{name}={getattr(data, name)!r}"
+        for name in names_of_manifests
+        if getattr(data, name) != getattr(default, name)
+    ]
+    if changed:
+        raise ValueError(
+            f"Expected none of {', '.join(changed)} beside data.store: the store was prepared with "
+            "its own. Leave them out, or prepare another store."
+        )
+    return federation_from_store(
+        data.store,
+        tile_size=data.tile_size,
+        train_sites=names(data.train_sites),
+        external_sites=names(data.external_sites),
+        with_pixels=with_pixels,
+    )
 
 
 def _read(config: Config) -> Federation:

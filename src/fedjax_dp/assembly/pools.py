@@ -21,6 +21,7 @@ HOST_SHARE = 0.25
 """Of the host's memory, what a resident pool may take on CPU: the host's own copy is there, too."""
 
 _ALIGNMENT = 64
+_COPIED_TILES = 256
 
 
 def resolve_pool(setting: str, table: TileTable, mesh: Mesh) -> str:
@@ -50,20 +51,27 @@ def resident_pool(table: TileTable, mesh: Mesh) -> TilePool:
     XLA's CPU devices read an array of the host in place if it begins at a multiple of 64 bytes, so
     the table's arrays are not to be written to afterwards.
     """
-    arrays = [table.images, table.labels]
-    if mesh.devices.flat[0].platform == "cpu":
-        arrays = [_aligned(array) for array in arrays]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    arrays = [
+        _aligned(array) if on_cpu or not isinstance(array, np.ndarray) else array
+        for array in (table.images, table.labels)
+    ]
     return cohort.place(TilePool(*arrays), cohort.replicated(mesh))
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """The array itself if it begins at a multiple of `_ALIGNMENT` bytes, else a copy that does."""
-    if array.ctypes.data % _ALIGNMENT == 0 and array.flags.c_contiguous:
-        return array
+    """The array itself if it begins at a multiple of `_ALIGNMENT` bytes, else a copy that does.
+
+    Pixels of a tile store are read into the copy part by part.
+    """
+    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
+        if array.ctypes.data % _ALIGNMENT == 0:
+            return array
     buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
+    for begin in range(0, len(array), _COPIED_TILES):
+        copy[begin : begin + _COPIED_TILES] = array[begin : begin + _COPIED_TILES]
     return copy
 
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -126,10 +127,12 @@ def _table(
     counts = [record.tiles for record in records]
     sites = tuple(dict.fromkeys(record.site for record in records))
     patients = tuple(dict.fromkeys(record.patient for record in records if record.patient))
+    images: Any
+    labels: Any
     if with_pixels:
         images, labels = stored_pixels(path, records, tile_size)
     else:
-        images, labels = blank_tiles(sum(counts))  # type: ignore[assignment]
+        images, labels = blank_tiles(sum(counts))
 
     def each(numbers: list[int]) -> np.ndarray:
         return np.repeat(np.asarray(numbers, np.int32), counts).astype(np.int32)

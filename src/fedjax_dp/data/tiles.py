@@ -21,14 +21,15 @@ class TileTable:
     """N tiles of one split, and the site, slide and patient each belongs to.
 
     Attributes:
-        images: uint8 [N, H, W, 3], RGB.
-        labels: uint8 [N, H, W], class index per pixel, 255 = ignore.
+        images: uint8 [N, H, W, 3], RGB; in memory, or read as it is indexed (`StoredPixels`).
+        labels: uint8 [N, H, W], class index per pixel, 255 = ignore; likewise.
         site: int32 [N], index into `sites`.
         slide: int32 [N], index into `slides` (a source image counts as a slide).
         patient: int32 [N], index into `patients`, -1 where unknown.
         sites: names of the sites, in the order of `site`.
         slides: names of the slides.
         patients: names of the patients.
+        digest: of all images and labels, where who made the table knows it; empty = not known.
     """
 
     images: np.ndarray
@@ -39,6 +40,7 @@ class TileTable:
     sites: tuple[str, ...]
     slides: tuple[str, ...]
     patients: tuple[str, ...]
+    digest: bytes = b""
 
     def __post_init__(self) -> None:
         n, height, width = self.labels.shape

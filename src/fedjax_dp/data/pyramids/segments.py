@@ -159,14 +159,13 @@ class SegmentedPage:
         height = min(step_y, self.height - row * step_y)
         area = self._columns * self._rows
         planes = [self._decoded(index + plane * area) for plane in range(self._planes)]
-        if any(plane is None for plane in planes):
-            if self._fill is None:
-                segment = np.full((height, width, 3), WHITE, np.uint8)
-            else:
-                segment = self._fill(column * step_x, row * step_y, width, height)
+        there = [plane[:height, :width] for plane in planes if plane is not None]
+        if len(there) == len(planes):
+            segment = self._to_rgb(there[0] if len(there) == 1 else np.concatenate(there, -1))
+        elif self._fill is not None:
+            segment = self._fill(column * step_x, row * step_y, width, height)
         else:
-            pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, -1)  # type: ignore[arg-type]
-            segment = self._to_rgb(pixels[:height, :width])  # type: ignore[index]
+            segment = np.full((height, width, 3), WHITE, np.uint8)
         self._cache.put((self._key, index), segment)
         return segment
 
@@ -180,7 +179,7 @@ class SegmentedPage:
             if len(data) != count:
                 raise SlideError(f"its {count:,} bytes end after {len(data):,}")
             self._check_header(data)
-            segment, _, _ = self._decode(data, index, **self._arguments)
+            segment: Any = self._decode(data, index, **self._arguments)[0]
             return segment[0]
         except Exception as error:  # codecs raise many types
             raise SlideError(

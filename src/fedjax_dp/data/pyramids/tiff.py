@@ -4,13 +4,14 @@ import itertools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tifffile
 
 from fedjax_dp.data.pyramids import resolution
 from fedjax_dp.data.pyramids.base import Bounds, Level, SlideError, levels_of
-from fedjax_dp.data.pyramids.segments import SegmentCache, SegmentedPage
+from fedjax_dp.data.pyramids.segments import Fill, SegmentCache, SegmentedPage
 from fedjax_dp.data.resampling import resample
 
 _MAX_PAGES = 64
@@ -51,7 +52,7 @@ class TiffPyramid:
             ) from error
 
     def _read_structure(self) -> None:
-        pages = list(itertools.islice(self._file.pages, _MAX_PAGES))
+        pages: list[Any] = list(itertools.islice(self._file.pages, _MAX_PAGES))
         first = pages[0]
         self._is_aperio = first.is_svs
         if first.is_svs:
@@ -111,7 +112,7 @@ class TiffPyramid:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _finer(self, number: int):  # type: ignore[no-untyped-def]
+    def _finer(self, number: int) -> Fill:
         """Fills what a coarser level of an SVS leaves out from the level before it."""
 
         def fill(x: int, y: int, width: int, height: int) -> np.ndarray:

@@ -168,6 +168,11 @@ def read_record(folder: pathlib.Path) -> SlideRecord | None:
         ) from error
 
 
+def write_record(folder: pathlib.Path, record: SlideRecord) -> None:
+    """Writes a slide's mark, whole or not at all."""
+    write_text(folder / DONE, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+
+
 def read_records(folder: pathlib.Path) -> tuple[SlideRecord, ...]:
     """Of every finished slide of a store, by pseudonym."""
     found = (read_record(path) for path in sorted((folder / SLIDES).iterdir()))

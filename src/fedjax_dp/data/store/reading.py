@@ -53,7 +53,7 @@ class StoredPixels:
         if wanted.dtype == bool or wanted.ndim != 1:
             raise IndexError("Expected a number, a slice or a list of numbers of tiles.")
         wanted = np.where(wanted < 0, wanted + len(self), wanted).astype(np.int64)
-        if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"Expected tiles below {len(self)}, got {wanted.max()}.")
         found = np.empty((len(wanted), *self.shape[1:]), np.uint8)
         slides = np.searchsorted(self._ends, wanted, side="right") - 1

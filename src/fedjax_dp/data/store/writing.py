@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -66,20 +65,15 @@ def write_slide(
     try:
         partial.mkdir(parents=True)
         record = _write(partial, tiles, recipe, record)
-        text = json.dumps(dataclasses.asdict(record), indent=1) + "\n"
-        layout.write_text(partial / layout.DONE, text)
+        layout.write_record(partial, record)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         layout.sync_folder(final.parent)
-    except StoreError:
-        raise
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise StoreError(
-            f"Cannot write the tiles of slide {record.slide} to {folder}: {reason}. Make room, or "
-            "choose another --output; what is finished is kept."
+            f"Cannot write the tiles of slide {record.slide} to {folder}: "
+            f"{error.strerror or error}. Make room, or choose another --output; what is finished "
+            "is kept."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,6 +92,8 @@ def _write(
         images = np.stack([tile.image for tile in some])
         labels = np.stack([tile.labels for tile in some])
         end = count + len(some)
+        # Grown batch by batch: cutting a larger size would look for every shard beyond.
+        arrays = [_done(array.resize(exclusive_max=[end, *array.shape[1:]])) for array in arrays]
         written = [
             array[count:end].write(values)
             for array, values in zip(arrays, (images, labels), strict=True)
@@ -110,14 +106,12 @@ def _write(
         digest.update(images.tobytes())
         digest.update(labels.tobytes())
         for future in written:
-            future.result()  # a write whose future is let go is lost
+            _done(future)  # a write whose future is let go is lost
         count = end
     if (wrong := np.flatnonzero(pixels[classes:IGNORE_INDEX])).size:
         raise StoreError(
             f"Expected labels below {classes} or {IGNORE_INDEX}, got {(wrong + classes).tolist()}."
         )
-    for array in arrays:
-        array.resize(exclusive_max=[count, *array.shape[1:]]).result()
     header = ("x", "y", "tissue", *(f"pixels_{name}" for name in recipe.class_names), "ignored")
     layout.write_text(folder / layout.TILES, table_text(header, rows))
     return dataclasses.replace(
@@ -129,7 +123,6 @@ def _write(
 
 
 _ARRAYS = (layout.IMAGES, layout.LABELS)
-_MAX_TILES = 2**40
 
 
 def tiles_per_shard(side: int) -> int:
@@ -138,7 +131,7 @@ def tiles_per_shard(side: int) -> int:
 
 
 def _create(path: pathlib.Path, side: int, per_shard: int, recipe: Recipe) -> Any:
-    """An array that grows: its size is cut to the tiles when they are all there."""
+    """An array without tiles yet."""
     channels = [3] if path.name == layout.IMAGES else []
     tile = [side, side, *channels]
     inner: list[dict[str, Any]] = [{"name": "bytes"}]
@@ -155,7 +148,7 @@ def _create(path: pathlib.Path, side: int, per_shard: int, recipe: Recipe) -> An
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
         "metadata": {
-            "shape": [_MAX_TILES, *tile],
+            "shape": [0, *tile],
             "data_type": "uint8",
             "fill_value": 0,
             "chunk_grid": {
@@ -165,7 +158,15 @@ def _create(path: pathlib.Path, side: int, per_shard: int, recipe: Recipe) -> An
             "codecs": [sharded],
         },
     }
-    return ts.open(spec, create=True, delete_existing=False).result()
+    return _done(ts.open(spec, create=True, delete_existing=False))
+
+
+def _done(future: Any) -> Any:
+    """What a tensorstore operation returns; where the disk refuses it, an OSError."""
+    try:
+        return future.result()
+    except ValueError as error:  # so tensorstore names every failure
+        raise OSError(str(error)) from error
 
 
 def _batches(tiles: Iterable[StoredTile], size: int) -> Iterator[list[StoredTile]]:
