@@ -230,6 +230,7 @@ class SegmentedPage:
             f"{page.samplesperpixel} samples a pixel": page.samplesperpixel not in (1, 2, 3, 4),
             f"photometric {page.photometric!r}": photometric not in (0, 1, 2, 6),
             f"{page.imagedepth} planes in depth": page.imagedepth != 1,
+            f"planar configuration {page.planarconfig!r}": int(page.planarconfig) not in (1, 2),
             "bits in reversed order": page.fillorder != 1,
         }
         if found := [what for what, is_so in problems.items() if is_so]:
