@@ -12,7 +12,8 @@ from fedjax_dp.data.splits import EXCLUDED, SPLITS, TRAIN, split_of
 
 REQUIRED = ("slide", "site")
 OPTIONAL = ("patient", "hospital", "split", "mpp", "annotation")
-_ANNOTATION_ENDINGS = (".geojson", ".json", ".xml", ".png", ".tif", ".tiff")
+_DRAWN = (".geojson", ".json", ".xml")
+_PAINTED = (".png", ".tif", ".tiff")
 
 
 class SlideListError(ValueError):
@@ -62,7 +63,8 @@ def read_slide_list(
     Args:
         table: the CSV file; separated by comma, semicolon or tab.
         slides: folder of the slides.
-        annotations: folder of the annotations; None = the folder of the slides.
+        annotations: folder of the annotations; None = the folder of the slides, where pictures are
+            taken for slides and only GeoJSON and XML for annotations.
 
     Returns:
         The slides in the table's order, excluded ones left out.
@@ -153,7 +155,7 @@ def _row(
             raise SlideListError(f"{column} is empty. Fill it in or delete the row.")
     found = slides.find(name)
     if len(found) > 1:  # an annotation of the same stem may lie beside its slide
-        found = [p for p in found if p.suffix.lower() not in (".geojson", ".json", ".xml", ".csv")]
+        found = [path for path in found if path.suffix.lower() not in _DRAWN]
     if len(found) != 1:
         raise SlideListError(
             f"Expected one slide {name!r} below {slides.folder}, found {len(found)}. Write its "
@@ -167,7 +169,12 @@ def _row(
         line=line,
         name=name,
         slide=found[0],
-        annotation=_annotation(record["annotation"], found[0], annotations),
+        annotation=_annotation(
+            record["annotation"],
+            found[0],
+            annotations,
+            _DRAWN if annotations.folder == slides.folder else (*_DRAWN, *_PAINTED),
+        ),
         site=record["site"],
         patient=record["patient"],
         hospital=record["hospital"],
@@ -176,9 +183,11 @@ def _row(
     )
 
 
-def _annotation(name: str, slide: pathlib.Path, annotations: _Files) -> pathlib.Path | None:
+def _annotation(
+    name: str, slide: pathlib.Path, annotations: _Files, endings: Sequence[str]
+) -> pathlib.Path | None:
     """The annotation that the table names, or the one that is named like the slide."""
-    found = annotations.find(name) if name else annotations.find(slide.stem, _ANNOTATION_ENDINGS)
+    found = annotations.find(name) if name else annotations.find(slide.stem, endings)
     found = [path for path in found if path != slide]
     if len(found) > 1 or (name and not found):
         raise SlideListError(
