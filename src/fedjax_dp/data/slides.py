@@ -14,6 +14,7 @@ from fedjax_dp.data.manifest import MAX_MPP, MIN_MPP
 from fedjax_dp.data.pyramids.base import Bounds, Level, Pyramid, SlideError
 from fedjax_dp.data.pyramids.openslide import OpenSlidePyramid
 from fedjax_dp.data.pyramids.resolution import plausible
+from fedjax_dp.data.pyramids.segments import CACHE_BYTES
 from fedjax_dp.data.pyramids.tiff import TiffPyramid
 from fedjax_dp.data.resampling import resample
 
@@ -160,7 +161,10 @@ class Slide:
 
 
 def open_slide(
-    path: str | os.PathLike[str], mpp: float | tuple[float, float] | None = None
+    path: str | os.PathLike[str],
+    mpp: float | tuple[float, float] | None = None,
+    *,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Slide:
     """Opens a slide: SVS, OME-TIFF, pyramidal or plain TIFF; other vendors through OpenSlide.
 
@@ -168,6 +172,7 @@ def open_slide(
         path: of the file, recognised by its content.
         mpp: micrometres per level-0 pixel, (x, y) or one number for both, instead of what the file
             says; None = as the file says.
+        cache_bytes: of decoded tiles that are kept, for regions side by side.
 
     Returns:
         The open slide; close it, or use it in a `with` statement.
@@ -179,7 +184,7 @@ def open_slide(
     path = pathlib.Path(path)
     stated = None if mpp is None else _checked(mpp)
     state = _state(path)
-    pyramid = _open(path)
+    pyramid = _open(path, cache_bytes)
     found = stated or pyramid.mpp
     if found is None:
         with contextlib.suppress(Exception):
@@ -192,7 +197,7 @@ def open_slide(
     return Slide(path, pyramid, found, state)
 
 
-def _open(path: pathlib.Path) -> Pyramid:
+def _open(path: pathlib.Path, cache_bytes: int) -> Pyramid:
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -202,7 +207,7 @@ def _open(path: pathlib.Path) -> Pyramid:
         raise SlideError(f"Expected a slide, got {path}, which is empty. Copy it again.")
     if head not in _TIFF or _is_of_other_vendor(path):
         return OpenSlidePyramid(path)
-    return TiffPyramid(path)
+    return TiffPyramid(path, cache_bytes)
 
 
 def _is_of_other_vendor(path: pathlib.Path) -> bool:

@@ -13,6 +13,7 @@ import tifffile
 from PIL import Image
 
 from fedjax_dp.data.pyramids.base import MAX_SIDE, SlideError
+from fedjax_dp.data.pyramids.jpeg import JpegTiles, frames
 
 WHITE = 255
 CACHE_BYTES = 32 * 2**20
@@ -45,8 +46,8 @@ Fill = Callable[[int, int, int, int], np.ndarray]
 class SegmentCache:
     """The last decoded segments, up to a number of bytes. Threads may use it at once."""
 
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self._limit, self._bytes, self._lock = limit, 0, threading.Lock()
+    def __init__(self, limit: int) -> None:
+        self.limit, self._bytes, self._lock = limit, 0, threading.Lock()
         self._held: collections.OrderedDict[Any, np.ndarray] = collections.OrderedDict()
 
     def get(self, key: Any) -> np.ndarray | None:
@@ -59,13 +60,13 @@ class SegmentCache:
 
     def put(self, key: Any, segment: np.ndarray) -> None:
         """Keeps a segment, and lets go of those not used for longest."""
-        if segment.nbytes > self._limit:
+        if segment.nbytes > self.limit:
             return
         with self._lock:
             if key not in self._held:
                 self._bytes += segment.nbytes
             self._held[key] = segment
-            while self._bytes > self._limit:
+            while self._bytes > self.limit:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
 
 
@@ -116,7 +117,9 @@ class SegmentedPage:
         if self._is_one_plain_strip(page):
             self._cut_strip()
         self._arguments: dict[str, Any] = {}
+        self._jpeg: JpegTiles | None = None
         if self.compression == _JPEG:
+            self._jpeg = JpegTiles(page) if JpegTiles.suits(page) else None
             self._arguments = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
 
     @property
@@ -131,9 +134,11 @@ class SegmentedPage:
 
     def read(self, x: int, y: int, width: int, height: int) -> np.ndarray:
         """uint8 [height, width, 3]; pixels beyond the edges are white."""
-        region = np.full((height, width, 3), WHITE, np.uint8)
         left, top = max(x, 0), max(y, 0)
         right, bottom = min(x + width, self.width), min(y + height, self.height)
+        region = np.empty((height, width, 3), np.uint8)
+        if (left, top, right, bottom) != (x, y, x + width, y + height):
+            region[...] = WHITE
         if left >= right or top >= bottom:
             return region
         step_x, step_y = self._size
@@ -142,14 +147,14 @@ class SegmentedPage:
                 x0, y0 = column * step_x, row * step_y
                 x1, y1 = min(x0 + step_x, right), min(y0 + step_y, bottom)
                 from_x, from_y = max(x0, left), max(y0, top)
-                segment = self._segment(row, column)
+                segment = self._segment(row, column, y1 - y0)
                 region[from_y - y : y1 - y, from_x - x : x1 - x] = segment[
                     from_y - y0 : y1 - y0, from_x - x0 : x1 - x0
                 ]
         return region
 
-    def _segment(self, row: int, column: int) -> np.ndarray:
-        """uint8 [h, w, 3] of one segment, where it lies within the page."""
+    def _segment(self, row: int, column: int, rows: int) -> np.ndarray:
+        """uint8 [h, w, 3] of one segment, at least its first `rows`, where it lies in the page."""
         index = row * self._columns + column
         known = self._cache.get((self._key, index))
         if known is not None:
@@ -157,30 +162,52 @@ class SegmentedPage:
         step_x, step_y = self._size
         width = min(step_x, self.width - column * step_x)
         height = min(step_y, self.height - row * step_y)
-        area = self._columns * self._rows
-        planes = [self._decoded(index + plane * area) for plane in range(self._planes)]
-        there = [plane[:height, :width] for plane in planes if plane is not None]
-        if len(there) == len(planes):
-            segment = self._to_rgb(there[0] if len(there) == 1 else np.concatenate(there, -1))
-        elif self._fill is not None:
-            segment = self._fill(column * step_x, row * step_y, width, height)
+        if not self._cache.limit:
+            height = min(height, rows)  # a part would be of no use to other regions
+        if self._jpeg is not None and (data := self._read(index)) is not None:
+            segment = self._guarded(index, lambda: self._jpeg_rows(data, index, height))
+            segment = segment[:height, :width]
+            segment = segment.copy() if self._cache.limit else segment
         else:
-            segment = np.full((height, width, 3), WHITE, np.uint8)
+            segment = self._general(index, (column * step_x, row * step_y), width, height)
         self._cache.put((self._key, index), segment)
         return segment
 
-    def _decoded(self, index: int) -> np.ndarray | None:
-        """uint8 [h, w, samples] of one segment of one plane; None where the file leaves it out."""
+    def _general(self, index: int, corner: tuple[int, int], width: int, height: int) -> np.ndarray:
+        """A segment of any codec and number of planes, or what stands for it where it is absent."""
+        area = self._columns * self._rows
+        there = []
+        for number in range(index, index + self._planes * area, area):
+            if (data := self._read(number)) is None:
+                if self._fill is not None:
+                    return self._fill(*corner, width, height)
+                return np.full((height, width, 3), WHITE, np.uint8)
+            plane = self._guarded(number, lambda d=data, n=number: self._pixels(d, n))  # type: ignore[misc]
+            there.append(plane[:height, :width])
+        return self._to_rgb(there[0] if len(there) == 1 else np.concatenate(there, -1))
+
+    def _read(self, index: int) -> bytes | None:
+        """The bytes of one segment of one plane; None where the file leaves it out."""
         count = int(self._counts[index])
-        if count == 0:
-            return None
+        return os.pread(self._descriptor, count, int(self._offsets[index])) if count else None
+
+    def _jpeg_rows(self, data: bytes, index: int, rows: int) -> np.ndarray:
+        assert self._jpeg is not None
+        segment = self._jpeg.decode(data, rows)
+        return self._pixels(data, index) if segment is None else segment
+
+    def _pixels(self, data: bytes, index: int) -> np.ndarray:
+        """uint8 [h, w, samples] of one segment of one plane."""
+        if len(data) != int(self._counts[index]):
+            raise SlideError(f"its {int(self._counts[index]):,} bytes end after {len(data):,}")
+        self._check_header(data)
+        segment: Any = self._decode(data, index, **self._arguments)[0]
+        return segment[0]
+
+    def _guarded(self, index: int, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `decode` returns; whatever it raises as a `SlideError`."""
         try:
-            data = os.pread(self._descriptor, count, int(self._offsets[index]))
-            if len(data) != count:
-                raise SlideError(f"its {count:,} bytes end after {len(data):,}")
-            self._check_header(data)
-            segment: Any = self._decode(data, index, **self._arguments)[0]
-            return segment[0]
+            return decode()
         except Exception as error:  # codecs raise many types
             raise SlideError(
                 f"Cannot decode segment {index} of {self.name} ({self.codec}): {error}. The file "
@@ -190,7 +217,7 @@ class SegmentedPage:
     def _check_header(self, data: bytes) -> None:
         """Refuses compressed data whose own header names a larger picture than the page's."""
         if self.compression == _JPEG:
-            sizes = jpeg_sizes(data)
+            sizes = ((frame.width, frame.height) for frame in frames(data))
         elif self.compression in _JPEG2000:
             sizes = jpeg2000_sizes(data)
         else:
@@ -294,23 +321,6 @@ class SegmentedPage:
             return pixels, index, pixels.shape
 
         self._decode = decode
-
-
-def jpeg_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """(width, height) of every frame header of a JPEG stream, up to its first scan."""
-    place = 2 if data[:2] == b"\xff\xd8" else 0
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD8:  # fill bytes; markers without length
-            place += 1 if marker == 0xFF else 2
-            continue
-        if marker in (0xDA, 0xD9):
-            return
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and place + 9 <= len(data):
-            height, width = struct.unpack(">HH", data[place + 5 : place + 9])
-            yield width, height
-        place += 2 + length
 
 
 def jpeg2000_sizes(data: bytes) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ import tifffile
 
 from fedjax_dp.data.pyramids import resolution
 from fedjax_dp.data.pyramids.base import Bounds, Level, SlideError, levels_of
-from fedjax_dp.data.pyramids.segments import Fill, SegmentCache, SegmentedPage
+from fedjax_dp.data.pyramids.segments import CACHE_BYTES, Fill, SegmentCache, SegmentedPage
 from fedjax_dp.data.resampling import resample
 
 _MAX_PAGES = 64
@@ -25,13 +25,17 @@ class TiffPyramid:
     whole; label and macro pictures, which show names and barcodes, are no levels.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, cache_bytes: int = CACHE_BYTES) -> None:
         """Opens the file and checks the tables of all its levels; reads no pixels.
+
+        Args:
+            path: of the file.
+            cache_bytes: of decoded segments that are kept.
 
         Raises:
             SlideError: not a slide in TIFF, of a kind that is not supported, or damaged.
         """
-        self._path = path
+        self._path, self._cache_bytes = path, cache_bytes
         self._descriptor = -1
         try:
             self._file = tifffile.TiffFile(path, is_ndpi=False)
@@ -63,7 +67,7 @@ class TiffPyramid:
             chosen = [*pages, *itertools.islice(base.pages or (), _MAX_PAGES)]
         self._check_alone(base, chosen)
         levels = _levels(base, chosen)
-        cache = SegmentCache()
+        cache = SegmentCache(self._cache_bytes)
         self._pages = tuple(
             SegmentedPage(
                 page,
