@@ -217,13 +217,13 @@ def _draw(
 ) -> None:
     folder = job.folder / layout.OVERVIEW
     folder.mkdir(exist_ok=True)
-    side = tuple(job.recipe.tile_size * job.recipe.mpp / mpp for mpp in slide.mpp)
+    side = job.recipe.tile_size * job.recipe.mpp
     save_overview(
         folder / f"{job.slide}.png",
         slide,
         tissue,
         tiles_xy=corners,
-        tile_level0_size=side,
+        tile_size=(side / slide.mpp[0], side / slide.mpp[1]),
         title=job.slide,
     )
 
@@ -274,9 +274,7 @@ def _write_sources(folder: pathlib.Path, known: dict[str, dict[str, str]]) -> No
     write_private_table(private_folder(folder) / _SOURCES, _SOURCE_COLUMNS, rows)
 
 
-def _write_reports(
-    folder: pathlib.Path, recipe: Recipe, reports: Sequence[SlideReport]
-) -> None:
+def _write_reports(folder: pathlib.Path, recipe: Recipe, reports: Sequence[SlideReport]) -> None:
     """index.csv and report.csv in numbers and pseudonyms; the texts into the private folder."""
     records = sorted((r.record for r in reports if r.record is not None), key=lambda r: r.slide)
     classes = [*(f"pixels_{name}" for name in recipe.class_names), "ignored"]
@@ -290,8 +288,10 @@ def _write_reports(
     header = ["slide", "patient", "site", "split", "hospital", "tiles", "tissue_mm2", *classes]
     header += ["mpp_x", "mpp_y", "width", "height", "codec", "warnings"]
     rows = [
-        [r.slide, r.patient, r.site, r.split, r.hospital, r.tiles, r.tissue_mm2, *r.pixels]
-        + [f"{r.mpp[0]:.6g}", f"{r.mpp[1]:.6g}", r.width, r.height, r.codec, r.warnings]
+        [
+            *(r.slide, r.patient, r.site, r.split, r.hospital, r.tiles, r.tissue_mm2, *r.pixels),
+            *(f"{r.mpp[0]:.6g}", f"{r.mpp[1]:.6g}", r.width, r.height, r.codec, r.warnings),
+        ]
         for r in records
     ]
     layout.write_text(folder / "report.csv", table_text(header, rows))

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -217,9 +217,9 @@ class SegmentedPage:
     def _check_header(self, data: bytes) -> None:
         """Refuses compressed data whose own header names a larger picture than the page's."""
         if self.compression == _JPEG:
-            sizes = ((frame.width, frame.height) for frame in frames(data))
+            sizes = [(frame.width, frame.height) for frame in frames(data)]
         elif self.compression in _JPEG2000:
-            sizes = jpeg2000_sizes(data)
+            sizes = [jpeg2000_size(data)]
         else:
             return  # told how many bytes to write at most
         for width, height in sizes:
@@ -323,7 +323,7 @@ class SegmentedPage:
         self._decode = decode
 
 
-def jpeg2000_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+def jpeg2000_size(data: bytes) -> tuple[int, int]:
     """(width, height) of a JPEG 2000 codestream, bare or in the boxes of a JP2 file.
 
     Raises:
@@ -343,4 +343,4 @@ def jpeg2000_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     if place + 24 > len(data):
         raise SlideError("its JPEG 2000 header ends too early")
     right, bottom, left, top = struct.unpack(">4I", data[place + 8 : place + 24])
-    yield right - left, bottom - top
+    return right - left, bottom - top

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 FORMAT = "fedjax_dp tile store"
 VERSION = 1
@@ -51,8 +51,8 @@ class Recipe:
     classes: str
     tissue: str = "saturation"
     min_tissue: float = 0.5
-    unannotated: str = ""
-    unknown: str = "error"
+    unannotated: Literal["", "background", "ignore"] = ""
+    unknown: Literal["error", "ignore"] = "error"
     origin: str = "file"
     compression: str = "zstd"
 
