@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_dp.data.annotations.classes import ClassTable
-from fedjax_dp.data.annotations.reading import open_labels
+from fedjax_dp.data.annotations.reading import open_labels, read_polygons
 from fedjax_dp.data.preparation import cut_slide, file_digest
 from fedjax_dp.data.slide_list import SlideRow
 from fedjax_dp.data.slide_workers import each_in_a_process
@@ -31,7 +31,7 @@ from fedjax_dp.data.store.pseudonyms import (
 )
 from fedjax_dp.data.store.reading import tile_rows
 from fedjax_dp.data.store.writing import StoredTile, write_slide
-from fedjax_dp.data.tissue import TissueMask, tissue_mask
+from fedjax_dp.data.tissue import TissueMask, everywhere, tissue_from_outlines, tissue_mask
 from fedjax_dp.reporting.slide_overview import save_overview
 
 _SOURCES = "sources.csv"
@@ -45,6 +45,10 @@ _SOURCE_COLUMNS = (
     "annotation",
     "annotation_size",
     "annotation_modified_ns",
+    "tissue",
+    "tissue_size",
+    "tissue_modified_ns",
+    "mpp",
     "patient",
     "patient_name",
 )
@@ -157,15 +161,16 @@ def _prepare(job: SlideJob) -> tuple[SlideRecord, tuple[str, ...], dict[str, str
     before = _file_facts(row)
     with open_slide(row.slide, row.mpp) as slide:
         bounds = slide.bounds
+        offset = (bounds.x, bounds.y) if recipe.origin == "bounds" else (0, 0)
         labels = open_labels(
             row.annotation,
             table=ClassTable.from_text(recipe.classes),
             dimensions=slide.dimensions,
             unannotated=recipe.unannotated or None,
             unknown=recipe.unknown,
-            offset=(bounds.x, bounds.y) if recipe.origin == "bounds" else (0.0, 0.0),
+            offset=offset,
         )
-        tissue = tissue_mask(slide, method=recipe.tissue)
+        tissue = _tissue(slide, row, recipe, offset)
         record = _record(job, slide, tissue)
         corners: list[tuple[float, float]] = []
         tiles = _noting(cut_slide(slide, labels, tissue, recipe), corners)
@@ -180,6 +185,14 @@ def _prepare(job: SlideJob) -> tuple[SlideRecord, tuple[str, ...], dict[str, str
         record = dataclasses.replace(record, warnings=len(findings))
         layout.write_record(job.folder / layout.SLIDES / job.slide, record)
     return record, findings, {**source, "slide": job.slide, "patient": job.patient}
+
+
+def _tissue(slide: Slide, row: SlideRow, recipe: Recipe, offset: tuple[float, float]) -> TissueMask:
+    if row.tissue is not None:
+        return tissue_from_outlines(slide, read_polygons(row.tissue, offset))
+    return (
+        everywhere(slide) if recipe.tissue == "none" else tissue_mask(slide, method=recipe.tissue)
+    )
 
 
 def _record(job: SlideJob, slide: Slide, tissue: TissueMask) -> SlideRecord:
@@ -240,8 +253,6 @@ def _finished(job: SlideJob, source: dict[str, str] | None) -> SlideRecord | Non
         return None
     if any(source.get(name) != value for name, value in facts.items()):
         return None
-    if job.row.mpp is not None and record.mpp != (job.row.mpp, job.row.mpp):
-        return None
     row = job.row
     current = dataclasses.replace(
         record, patient=job.patient, site=row.site, split=row.split, hospital=row.hospital
@@ -254,11 +265,20 @@ def _finished(job: SlideJob, source: dict[str, str] | None) -> SlideRecord | Non
 def _file_facts(row: SlideRow) -> dict[str, str]:
     """What tells whether a slide and its annotation are the files they were."""
     facts = {"name": row.name, "path": str(row.slide), "patient_name": row.patient}
-    for prefix, path in (("", row.slide), ("annotation_", row.annotation)):
+    for prefix, path in (
+        ("", row.slide),
+        ("annotation_", row.annotation),
+        ("tissue_", row.tissue),
+    ):
         status = path.stat() if path else None
         facts[f"{prefix}size"] = str(status.st_size) if status else ""
         facts[f"{prefix}modified_ns"] = str(status.st_mtime_ns) if status else ""
-    return {**facts, "annotation": str(row.annotation or "")}
+    return {
+        **facts,
+        "annotation": str(row.annotation or ""),
+        "tissue": str(row.tissue or ""),
+        "mpp": str(row.mpp or ""),
+    }
 
 
 def _read_sources(folder: pathlib.Path) -> dict[str, dict[str, str]]:

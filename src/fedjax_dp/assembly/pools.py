@@ -64,9 +64,9 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 
     Pixels of a tile store are read into the copy part by part.
     """
-    if isinstance(array, np.ndarray) and array.flags.c_contiguous:
-        if array.ctypes.data % _ALIGNMENT == 0:
-            return array
+    is_plain = isinstance(array, np.ndarray) and array.flags.c_contiguous
+    if is_plain and array.ctypes.data % _ALIGNMENT == 0:
+        return array
     buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -11,7 +11,7 @@ from fedjax_dp.data.manifest import MAX_MPP, MIN_MPP
 from fedjax_dp.data.splits import EXCLUDED, SPLITS, TRAIN, split_of
 
 REQUIRED = ("slide", "site")
-OPTIONAL = ("patient", "hospital", "split", "mpp", "annotation")
+OPTIONAL = ("patient", "hospital", "split", "mpp", "annotation", "tissue")
 _DRAWN = (".geojson", ".json", ".xml")
 _PAINTED = (".png", ".tif", ".tiff")
 
@@ -29,6 +29,7 @@ class SlideRow:
         name: of the slide as the table writes it.
         slide: its path.
         annotation: path of its annotation; None without one.
+        tissue: path of outlines of its tissue, instead of looking for it; None without one.
         site: who holds it.
         patient: whose tissue it is; empty where unknown.
         hospital: where it was taken; empty where unknown.
@@ -40,6 +41,7 @@ class SlideRow:
     name: str
     slide: pathlib.Path
     annotation: pathlib.Path | None
+    tissue: pathlib.Path | None
     site: str
     patient: str
     hospital: str
@@ -54,11 +56,12 @@ def read_slide_list(
 ) -> tuple[SlideRow, ...]:
     """Reads the table of sites and finds each slide and its annotation.
 
-    The columns are slide and site, and as wanted patient, hospital, split, mpp and annotation;
-    others are ignored. A slide is named by its path below the folder of slides, or by its file name
-    with or without the ending where that names one file alone. An annotation is named likewise, or
-    found by the slide's name. Where no row has a split, a keyed hash of the patient decides (see
-    `splits.split_of`), of the slide's name where no patient is known.
+    The columns are slide and site, and as wanted patient, hospital, split, mpp, annotation and
+    tissue (outlines in GeoJSON or XML); others are ignored. A slide is named by its path below the
+    folder of slides, or by its file name with or without the ending where that names one file
+    alone. An annotation is named likewise, or found by the slide's name. Where no row has a split,
+    a keyed hash of the patient decides (see `splits.split_of`), of the slide's name where no
+    patient is known.
 
     Args:
         table: the CSV file; separated by comma, semicolon or tab.
@@ -175,6 +178,7 @@ def _row(
             annotations,
             _DRAWN if annotations.folder == slides.folder else (*_DRAWN, *_PAINTED),
         ),
+        tissue=_annotation(record["tissue"], found[0], annotations, ()),
         site=record["site"],
         patient=record["patient"],
         hospital=record["hospital"],

@@ -1,4 +1,4 @@
-"""Where a slide shows stained tissue: at low power, by fixed rules, or by outlines that are given."""
+"""Where a slide shows stained tissue: at low power, by fixed rules, or by given outlines."""
 
 import math
 from typing import Literal, get_args
@@ -195,12 +195,15 @@ def _cleaned(mask: np.ndarray, mpp: float) -> np.ndarray:
     mask = ndimage.binary_closing(np.pad(mask, radius), disc)[radius:-radius, radius:-radius]
     mask = ndimage.binary_opening(mask, disc)
     mask = _without_small(mask, _MIN_SPECK_UM2 / mpp**2)
-    return ~_without_small(~mask, _MAX_HOLE_UM2 / mpp**2)
+    return ~_without_small(~mask, _MAX_HOLE_UM2 / mpp**2, keeps_edge=True)
 
 
-def _without_small(mask: np.ndarray, pixels: float) -> np.ndarray:
-    """The mask without connected parts of fewer pixels."""
+def _without_small(mask: np.ndarray, pixels: float, *, keeps_edge: bool = False) -> np.ndarray:
+    """The mask without connected parts of fewer pixels; perhaps with those at the slide's edge."""
     parts, count = ndimage.label(mask)
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    return sizes[parts] >= max(pixels, 1.0)
+    is_kept = np.bincount(parts.ravel(), minlength=count + 1) >= max(pixels, 1.0)
+    if keeps_edge:  # glass there is no hole, however little of it is seen
+        for edge in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+            is_kept[edge] = True
+    is_kept[0] = False
+    return is_kept[parts]

@@ -3,7 +3,7 @@
 import gzip
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import shapely
@@ -23,8 +23,6 @@ MAX_BYTES = 2**30
 """Of an annotation file, also when it is unpacked."""
 
 _PICTURES = (b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"\xff\xd8\xff")
-
-Unannotated = Literal["background", "ignore"]
 
 
 class RegionLabels(Protocol):
@@ -59,8 +57,8 @@ def open_labels(
     *,
     table: ClassTable,
     dimensions: tuple[int, int],
-    unannotated: Unannotated | None = None,
-    unknown: Literal["error", "ignore"] = "error",
+    unannotated: str | None = None,
+    unknown: str = "error",
     offset: tuple[float, float] = (0.0, 0.0),
 ) -> RegionLabels:
     """Opens an annotation: QuPath GeoJSON, ASAP or Aperio XML, or a mask image, told by content.
@@ -69,8 +67,9 @@ def open_labels(
         path: of the file; None = nobody drew anything, and `unannotated` says what that means.
         table: of classes.
         dimensions: (width, height) of the slide's level 0.
-        unannotated: what pixels are that lie in no shape, where no region of interest is drawn.
-        unknown: what shapes of a class are that the table does not know.
+        unannotated: what pixels are that lie in no shape, where no region of interest is drawn:
+            "background", "ignore", or None where that is an error.
+        unknown: what shapes of a class are that the table does not know: "error" or "ignore".
         offset: what is added to the file's coordinates: the corner of the slide's bounds where the
             tool counted from there, as QuPath does for slides that have bounds.
 
@@ -78,6 +77,11 @@ def open_labels(
         AnnotationError: unreadable, unknown classes, nothing said about unannotated pixels, or
             shapes of which most lie outside the slide.
     """
+    if unannotated not in (None, "background", "ignore") or unknown not in ("error", "ignore"):
+        raise AnnotationError(
+            "Expected unannotated None, background or ignore and unknown error or ignore, got "
+            f"{unannotated=}, {unknown=}."
+        )
     if path is None:
         return _Shapes("no annotation", [], Findings(), table, unannotated)
     data = _bytes(path)
@@ -187,7 +191,7 @@ class _Shapes:
         found: Sequence[Annotation],
         findings: Findings,
         table: ClassTable,
-        unannotated: Unannotated | None,
+        unannotated: str | None,
         unknown: str = "error",
     ) -> None:
         self.findings = findings

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
+
+from fedjax_dp.data.manifest import MAX_MPP, MIN_MPP
 
 FORMAT = "fedjax_dp tile store"
 VERSION = 1
@@ -22,6 +24,15 @@ PRIVATE = "private"
 SLIDES = "slides"
 OVERVIEW = "overview"
 IMAGES, LABELS, TILES, DONE = "images", "labels", "tiles.csv", "done.json"
+
+
+_CHOICES = {
+    "tissue": ("saturation", "otsu", "none"),
+    "unannotated": ("", "background", "ignore"),
+    "unknown": ("error", "ignore"),
+    "origin": ("file", "bounds"),
+    "compression": ("none", "lz4", "zstd"),
+}
 
 
 class StoreError(ValueError):
@@ -37,7 +48,7 @@ class Recipe:
         tile_size: side of a tile, pixels.
         class_names: K names, background first; the index is the label.
         classes: the class table as it was given, with its other names.
-        tissue: "saturation", "otsu" or "polygons".
+        tissue: how tissue is found, "saturation", "otsu" or "none" (everywhere).
         min_tissue: tiles with less tissue are left out, unless they are annotated.
         unannotated: what pixels outside all annotations are, "background", "ignore" or "".
         unknown: what annotations of unknown classes are, "error" or "ignore".
@@ -51,18 +62,21 @@ class Recipe:
     classes: str
     tissue: str = "saturation"
     min_tissue: float = 0.5
-    unannotated: Literal["", "background", "ignore"] = ""
-    unknown: Literal["error", "ignore"] = "error"
+    unannotated: str = ""
+    unknown: str = "error"
     origin: str = "file"
     compression: str = "zstd"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.min_tissue <= 1.0:
             raise StoreError(f"Expected 0 <= min_tissue <= 1, got {self.min_tissue}.")
+        if not MIN_MPP <= self.mpp <= MAX_MPP:
+            raise StoreError(f"Expected {MIN_MPP} <= mpp <= {MAX_MPP}, got {self.mpp}.")
         if not 8 <= self.tile_size <= 4096:
             raise StoreError(f"Expected 8 <= tile_size <= 4096 pixels, got {self.tile_size}.")
-        if self.compression not in ("none", "lz4", "zstd"):
-            raise StoreError(f"Expected compression none, lz4 or zstd, got {self.compression!r}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise StoreError(f"Expected {name} in {choices}, got {getattr(self, name)!r}.")
 
     def digest(self) -> str:
         """BLAKE2b, in hex: stores of one recipe can be told by it."""
