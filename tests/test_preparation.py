@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from fedjax_dp.data.federation import check_unit
 from fedjax_dp.data.slide_list import read_slide_list
 from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.layout import Recipe, StoreError
@@ -326,6 +327,17 @@ def test_wrong_tile_sizes_and_no_training_tiles(folder):
         federation_from_store(folder / "store", tile_size=64)
     with pytest.raises(StoreError, match="got none"):
         federation_from_store(folder / "store", tile_size=SIDE, external_sites=("north", "south"))
+
+
+def test_tiles_of_an_otsu_store_are_no_unit(folder):
+    prepare(folder, tissue="otsu")
+    federation = federation_from_store(folder / "store", tile_size=SIDE)
+    with pytest.raises(ValueError, match="tissue=saturation"):
+        check_unit(federation, "tile")
+    check_unit(federation, "slide")
+    check_unit(federation, "patient")
+    prepare(folder, "plain")
+    check_unit(federation_from_store(folder / "plain", tile_size=SIDE), "tile")
 
 
 def test_a_patient_on_both_sides_is_refused(folder):

@@ -58,7 +58,12 @@ def make_sites(
         if unit == "slide":
             unknown = ", ".join(units.sites_without_patients(table))
             note = f"privacy unit as known: the source image (patients unknown at {unknown})"
-    units.check_unit(table, unit, tiles_overlap=federation.tiles_overlap)
+    units.check_unit(
+        table,
+        unit,
+        tiles_overlap=federation.tiles_overlap,
+        slides_decide=federation.slides_decide,
+    )
     if privacy.max_tiles_per_patient:
         table = cap_tiles(table, privacy.max_tiles_per_patient)
     unit_tiles = {site: units.unit_index(table, site, unit).tiles for site in table.sites}

@@ -36,6 +36,8 @@ class Federation:
         test: tiles of the training sites' test patients; may be empty.
         external: tiles of hospitals that do not train; may be empty.
         tiles_overlap: whether two training tiles may share pixels (then "tile" is no unit).
+        slides_decide: whether a slide as a whole decides which of its tiles are there (Otsu's
+            threshold); then "tile" is no unit either.
         is_public: whether the tiles are free of people (synthetic), so pictures of them are free.
         sources: what each site's training tiles were cut from, see `site_sources`; empty where
             nobody tells. Whoever puts other tiles into `train` empties it.
@@ -48,6 +50,7 @@ class Federation:
     test: TileTable
     external: TileTable
     tiles_overlap: bool = False
+    slides_decide: bool = False
     is_public: bool = False
     sources: tuple[SiteSource, ...] = ()
 
@@ -220,7 +223,12 @@ def check_unit(federation: Federation, unit: str) -> None:
     Raises:
         ValueError: an unknown unit, unknown patients (naming the sites), or overlapping tiles.
     """
-    units.check_unit(federation.train, unit, tiles_overlap=federation.tiles_overlap)
+    units.check_unit(
+        federation.train,
+        unit,
+        tiles_overlap=federation.tiles_overlap,
+        slides_decide=federation.slides_decide,
+    )
 
 
 def fingerprint(federation: Federation) -> str:

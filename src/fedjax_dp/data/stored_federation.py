@@ -15,6 +15,7 @@ from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.layout import SlideRecord, StoreError
 from fedjax_dp.data.store.reading import stored_pixels
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable, blank_tiles
+from fedjax_dp.data.tissue import is_local
 
 
 def federation_from_store(
@@ -75,6 +76,7 @@ def federation_from_store(
         validation=tables[VALIDATION],
         test=tables[TEST],
         external=tables[EXTERNAL],
+        slides_decide=not is_local(recipe.tissue),
         sources=_sources(path, trained),
     )
 

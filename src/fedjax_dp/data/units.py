@@ -60,16 +60,20 @@ def largest_known_unit(table: TileTable) -> str:
     return "slide" if sites_without_patients(table) else "patient"
 
 
-def check_unit(table: TileTable, unit: str, *, tiles_overlap: bool) -> None:
+def check_unit(
+    table: TileTable, unit: str, *, tiles_overlap: bool, slides_decide: bool = False
+) -> None:
     """Refuses a unit of privacy that the data cannot honour, at all sites at once.
 
     Args:
         table: training tiles of all sites.
         unit: "tile", "slide" or "patient".
         tiles_overlap: whether two tiles may share pixels.
+        slides_decide: whether a slide as a whole decides which of its tiles are there.
 
     Raises:
-        ValueError: an unknown unit, unknown patients (naming the sites), or overlapping tiles.
+        ValueError: an unknown unit, unknown patients (naming the sites), overlapping tiles, or
+            tiles that decide about each other.
     """
     _check_name(unit)
     if unit == "patient" and (sites := sites_without_patients(table)):
@@ -79,6 +83,12 @@ def check_unit(table: TileTable, unit: str, *, tiles_overlap: bool) -> None:
             "Expected tiles that share no pixel for unit='tile', got a stride below the tile size: "
             "one piece of tissue would then be in several units. Set stride = tile_size, or use "
             "unit='slide' or unit='patient'."
+        )
+    if unit == "tile" and slides_decide:
+        raise ValueError(
+            "Expected tiles that are chosen one by one for unit='tile', got those of a threshold "
+            "fitted to whole slides (tissue=otsu): one tile moves it for all others. Prepare the "
+            "store with --tissue=saturation, or use unit='slide' or unit='patient'."
         )
 
 
