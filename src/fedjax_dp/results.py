@@ -132,6 +132,7 @@ def finish(
         "finished": True,
         "rounds": position.round,
         "seed": config.seed,
+        "model": {"class_names": list(federation.class_names), "mpp": federation.mpp},
         **scores,
         "privacy": _privacy(config, sites, stated),
         "throughput": {

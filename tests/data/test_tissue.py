@@ -136,6 +136,22 @@ def test_fractions_are_areas():
     assert TissueMask(np.ones((3, 3), bool), (1, 1), "").fraction(2, 0, 2, 3) == pytest.approx(0.5)
 
 
+def test_regions_are_the_mask_at_any_scale():
+    mask = np.zeros((10, 20), bool)
+    mask[2:5, 4:8] = True
+    tissue = TissueMask(mask, (10.0, 5.0), "painted")
+    fine = tissue.region(0, 0, 400, 100, (0.5, 0.5))
+    assert (fine == np.repeat(np.repeat(mask, 10, 0), 20, 1)).all()
+    assert (tissue.region(-20, -10, 24, 14, (10.0, 5.0))[2:12, 2:22] == mask).all()
+    assert not tissue.region(-20, -10, 2, 2, (10.0, 5.0)).any()
+    for box, expected in (
+        ((40, 10, 1, 1), True),
+        ((0, 0, 39, 9), False),
+        ((-50, -50, 5, 5), False),
+    ):
+        assert tissue.touches(*box) == expected
+
+
 def test_outlines_and_everything(tmp_path):
     with slide_of(glass(), tmp_path) as slide:
         outline = shapely.box(100, 50, 200, 150)

@@ -38,6 +38,7 @@ class Federation:
         tiles_overlap: whether two training tiles may share pixels (then "tile" is no unit).
         slides_decide: whether a slide as a whole decides which of its tiles are there (Otsu's
             threshold); then "tile" is no unit either.
+        mpp: micrometres per pixel of all tiles; None where it is not known or not one.
         is_public: whether the tiles are free of people (synthetic), so pictures of them are free.
         sources: what each site's training tiles were cut from, see `site_sources`; empty where
             nobody tells. Whoever puts other tiles into `train` empties it.
@@ -51,6 +52,7 @@ class Federation:
     external: TileTable
     tiles_overlap: bool = False
     slides_decide: bool = False
+    mpp: float | None = None
     is_public: bool = False
     sources: tuple[SiteSource, ...] = ()
 
@@ -159,12 +161,21 @@ def federation_from_manifest(
         test=tables[TEST],
         external=tables[EXTERNAL],
         tiles_overlap=stride < tile_size,
+        mpp=_common_mpp([r for r, s in zip(manifest.rows, splits, strict=True) if s == TRAIN]),
         sources=sources.from_images(
             (row.site, row.patient, digest)
             for row, split, digest in zip(manifest.rows, splits, digests, strict=True)
             if split == TRAIN
         ),
     )
+
+
+def _common_mpp(rows: Sequence[Row]) -> float | None:
+    """The resolution of all rows, None where one does not say or another differs by 1 %."""
+    stated = [row.mpp for row in rows if row.mpp is not None]
+    if len(stated) < len(rows) or max(stated) > 1.01 * min(stated):
+        return None
+    return stated[0]
 
 
 def effective_splits(

@@ -76,6 +76,7 @@ def federation_from_store(
         validation=tables[VALIDATION],
         test=tables[TEST],
         external=tables[EXTERNAL],
+        mpp=recipe.mpp,
         slides_decide=not is_local(recipe.tissue),
         sources=_sources(path, trained),
     )

@@ -117,6 +117,7 @@ def synthetic_federation(
         validation=tables["validation"],
         test=tables["test"],
         external=tables["external"],
+        mpp=mpp,
         is_public=True,
         # Both tasks label the same images, and a smaller draw is part of a larger one.
         sources=sources.from_generator(training, "synthetic", seed, variation, mpp, tile_size),

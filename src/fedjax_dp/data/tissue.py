@@ -1,5 +1,6 @@
 """Where a slide shows stained tissue: at low power, by fixed rules, or by given outlines."""
 
+import functools
 import math
 from typing import Literal, get_args
 
@@ -54,9 +55,6 @@ class TissueMask:
         threshold: float | None = None,
     ) -> None:
         self.mask, self.scale, self.method, self.threshold = mask, scale, method, threshold
-        sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
-        np.cumsum(np.cumsum(mask, 0, dtype=np.float64), 1, out=sums[1:, 1:])
-        self._sums = sums
 
     def fraction(self, x: float, y: float, width: float, height: float) -> float:
         """How much of a rectangle of level-0 pixels is tissue; beyond the slide there is none."""
@@ -70,6 +68,44 @@ class TissueMask:
             + self._until(top, left)
         )
         return float(np.clip(found / area, 0.0, 1.0))
+
+    def touches(self, x: float, y: float, width: float, height: float) -> bool:
+        """Whether any pixel of the mask that meets a rectangle of level-0 pixels is tissue."""
+        left, right = math.floor(x / self.scale[0]), math.ceil((x + width) / self.scale[0])
+        top, bottom = math.floor(y / self.scale[1]), math.ceil((y + height) / self.scale[1])
+        return bool(self.mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)].any())
+
+    def region(
+        self, x: float, y: float, width: int, height: int, scale: tuple[float, float]
+    ) -> np.ndarray:
+        """Which pixels of a grid have their centre in tissue.
+
+        Args:
+            x: of the grid's corner, level-0 pixels.
+            y: likewise.
+            width: pixels.
+            height: pixels.
+            scale: (x, y), level-0 pixels per pixel of the grid.
+
+        Returns:
+            bool [height, width].
+        """
+        places = []
+        for start, count, step, own, limit in (
+            (y, height, scale[1], self.scale[1], self.mask.shape[0]),
+            (x, width, scale[0], self.scale[0], self.mask.shape[1]),
+        ):
+            place = np.floor((start + (np.arange(count) + 0.5) * step) / own).astype(np.int64)
+            places.append((np.clip(place, 0, limit - 1), (place >= 0) & (place < limit)))
+        (rows, has_row), (columns, has_column) = places
+        return self.mask[np.ix_(rows, columns)] & has_row[:, None] & has_column
+
+    @functools.cached_property
+    def _sums(self) -> np.ndarray:
+        """int64 [h + 1, w + 1], tissue pixels above and left of every corner."""
+        sums = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int64)
+        np.cumsum(np.cumsum(self.mask, 0, dtype=np.int64), 1, out=sums[1:, 1:])
+        return sums
 
     def _until(self, row: float, column: float) -> float:
         """Tissue pixels above and left of a point, parts of pixels in proportion."""
