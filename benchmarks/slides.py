@@ -7,9 +7,8 @@ Seconds are of CPU time, so that decoders with threads of their own gain nothing
 all readers alternate in blocks, at the same places, and their pixels are compared before. `aligned`
 reads are tiles as they lie in the file, `unaligned` ones 256 px at random places. Neither reader
 keeps decoded tiles, which would make small slides a matter of copying. Without --slides
-the benchmark makes a JPEG pyramid of --side pixels itself. `store` reads 512-px tiles one by one, of
-each compression; `prepare` is a whole preparation of such a pyramid with 1 and 2 workers, in seconds
-on the clock.
+the benchmark makes a JPEG pyramid of --side pixels itself. `store` reads 512-px tiles one by one,
+of each compression.
 """
 
 import pathlib
@@ -22,6 +21,7 @@ import numpy as np
 import openslide
 import tifffile
 from absl import app, flags
+from PIL import Image
 
 from benchmarks import harness
 from benchmarks.harness import Record, Verdict
@@ -53,7 +53,8 @@ def texture(seed: int, side: int = 1024) -> np.ndarray:
 
 def write_pyramid(path: pathlib.Path, side: int) -> pathlib.Path:
     """A tiled JPEG pyramid of `side` pixels, written tile by tile."""
-    bank = [texture(seed) for seed in range(4)]
+    # tifffile writes what it is given: colours have to be YCbCr before.
+    bank = [np.asarray(Image.fromarray(texture(seed)).convert("YCbCr")) for seed in range(4)]
     per_bank = bank[0].shape[0] // _TILE
 
     def tiles(side: int) -> Any:

@@ -178,6 +178,23 @@ def test_ycbcr_jpeg_2000_becomes_rgb(tmp_path):
     assert np.abs(found.astype(int) - there).max() <= 1
 
 
+@pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (2, 2)])
+def test_jpeg_in_ycbcr_becomes_rgb(subsampling, tmp_path):
+    """As most scanners write it; tifffile writes what it is given."""
+    path = tmp_path / "a.tif"
+    ycbcr = np.asarray(Image.fromarray(IMAGE).convert("YCbCr"))
+    options = {"compression": "jpeg", "compressionargs": {"level": 95}, "subsampling": subsampling}
+    tifffile.imwrite(path, ycbcr, tile=(64, 64), photometric="ycbcr", **options)
+    with open_slide(path, mpp=0.5) as slide, open_slide(path, mpp=0.5, cache_bytes=0) as partly:
+        found = slide.read_region(0, 0, 419, 301)
+        assert np.abs(found.astype(int) - IMAGE).mean() < 6
+        assert (found == tifffile.imread(path)).all()
+        assert (found == through_openslide(path, 0, 0, 0, 419, 301)).all()
+        for x, y, width, height in ((3, 5, 90, 20), (60, 64, 70, 17), (1, 130, 200, 100)):
+            part = partly.read_region(x, y, width, height)
+            assert (part == found[y : y + height, x : x + width]).all()
+
+
 def test_gray_and_transparent_pixels(tmp_path):
     gray = IMAGE[..., 0]
     tifffile.imwrite(tmp_path / "g.tif", gray, tile=(64, 64), photometric="minisblack")
