@@ -6,7 +6,7 @@ r"""Published data sets, from the layouts of their authors to a manifest for tra
 
 Layouts: bcss, monuseg, glas, consep; what each expects is told by `fedjax_dp.data.importers`.
 Patches that overlap are put together to whole images. An image that cannot be read is listed and
-left out, and the exit code is then 1. The data must be had from their authors, under their licences.
+left out, and the exit code is then 1. The data are to be had from their authors, under their terms.
 """
 
 import csv
