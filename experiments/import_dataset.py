@@ -32,7 +32,9 @@ _LAYOUTS = {
 }
 _LAYOUT = flags.DEFINE_enum("layout", None, sorted(_LAYOUTS), "Of the source.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the data set.", required=True)
-_TARGET = flags.DEFINE_string("output", None, "Folder of manifest and images.", required=True)
+_TARGET = flags.DEFINE_string(
+    "output", None, "Folder of manifest and images.", required=True, allow_override=True
+)
 
 
 def import_dataset(data: DataSet, output: pathlib.Path) -> list[str]:
