@@ -9,20 +9,17 @@ Patches that overlap are put together to whole images. An image that cannot be r
 left out, and the exit code is then 1. The data are to be had from their authors, under their terms.
 """
 
-import csv
 import pathlib
 import sys
 
 from absl import app, flags
-from PIL import Image
 from tqdm import tqdm
 
 from fedjax_dp.data.importers.bcss import read_bcss
 from fedjax_dp.data.importers.consep import read_consep
 from fedjax_dp.data.importers.glas import read_glas
 from fedjax_dp.data.importers.monuseg import read_monuseg
-from fedjax_dp.data.importers.regions import DataSet
-from fedjax_dp.data.splits import split_of
+from fedjax_dp.data.importers.writing import write_manifest
 
 _LAYOUTS = {
     "bcss": read_bcss,
@@ -32,34 +29,7 @@ _LAYOUTS = {
 }
 _LAYOUT = flags.DEFINE_enum("layout", None, sorted(_LAYOUTS), "Of the source.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the data set.", required=True)
-_TARGET = flags.DEFINE_string(
-    "output", None, "Folder of manifest and images.", required=True, allow_override=True
-)
-
-
-def import_dataset(data: DataSet, output: pathlib.Path) -> list[str]:
-    """Writes images, masks and manifest.csv; returns what could not be read, a line each."""
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    (output / "masks").mkdir(exist_ok=True)
-    rows, errors = [], []
-    for region in tqdm(data.regions, unit="image", dynamic_ncols=True):
-        try:
-            image, labels = region.load()
-        except ValueError as error:
-            errors.append(f"{region.name}: {error}")
-            continue
-        name = f"{region.name}.png"
-        Image.fromarray(image).save(output / "images" / name)
-        Image.fromarray(labels).save(output / "masks" / name)
-        path = f"images/{name}"
-        split = region.split or split_of(patient=region.patient, image=path)
-        owner = (region.site, region.hospital, region.patient, split)
-        rows.append((path, f"masks/{name}", *owner, region.mpp or ""))
-    with (output / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "mask", "site", "hospital", "patient", "split", "mpp"))
-        writer.writerows(rows)
-    return errors
+_TARGET = flags.DEFINE_string("output", None, "Folder of manifest and images.", required=True)
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +42,8 @@ def main(argv: list[str]) -> int:
         return 1
     try:
         data = _LAYOUTS[_LAYOUT.value](pathlib.Path(_SOURCE.value))
-        errors = import_dataset(data, output)
+        with tqdm(total=len(data.regions), unit="image", dynamic_ncols=True) as bar:
+            errors = write_manifest(data, output, tell=bar.update)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -2,6 +2,8 @@
 
 import csv
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +11,11 @@ import scipy.io
 from PIL import Image
 from scipy import ndimage
 
-from experiments.import_dataset import import_dataset
 from fedjax_dp.data.federation import federation_from_manifest
 from fedjax_dp.data.images import read_mask
 from fedjax_dp.data.importers import bcss, consep, glas, monuseg
 from fedjax_dp.data.importers.regions import LayoutError, SourceRegion
+from fedjax_dp.data.importers.writing import write_manifest
 
 REAL = pathlib.Path(__file__).parents[4] / "shared" / "data" / "formats"
 
@@ -71,7 +73,7 @@ def test_a_bad_bcss_region_is_left_out_and_the_rest_goes_on(tmp_path):
     save(np.full((40, 176), 99, np.uint8), tmp_path, "source", "masks", name)
     (tmp_path / "source" / "masks" / f"{BARCODES[1]}_xmin100_ymin200_MPP-0.2500.png").unlink()
     data = bcss.read_bcss(tmp_path / "source")
-    errors = import_dataset(data, tmp_path / "out")
+    errors = write_manifest(data, tmp_path / "out")
     assert len(errors) == 2
     assert "codes 0 to 21" in errors[0]
     assert "Cannot open" in errors[1]
@@ -88,7 +90,7 @@ def test_a_manifest_of_bcss_trains(tmp_path):
         for region, split in zip(data.regions, ("train", "test", "external"), strict=True)
     ]
     data = type(data)(regions=tuple(regions), class_names=data.class_names)
-    assert import_dataset(data, tmp_path / "out") == []
+    assert write_manifest(data, tmp_path / "out") == ()
     federation = federation_from_manifest(
         tmp_path / "out" / "manifest.csv", tile_size=32, class_names=data.class_names
     )
@@ -229,6 +231,19 @@ def test_consep_as_published(tmp_path):
     assert labels.sum() == 24
     with pytest.raises(LayoutError, match="inst_map"):
         data.regions[1].load()
+
+
+def test_by_command(tmp_path):
+    write_bcss(tmp_path / "source")
+    words = [sys.executable, "-W", "error", "-m", "experiments.import_dataset", "--layout=bcss"]
+    words += [f"--source={tmp_path / 'source'}", f"--output={tmp_path / 'out'}"]
+    root = pathlib.Path(__file__).parents[3]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 images in" in done.stdout
+    again = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "empty folder" in again.stderr
 
 
 @pytest.mark.parametrize(
