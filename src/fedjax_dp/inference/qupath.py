@@ -1,7 +1,7 @@
 """What QuPath reads: objects as GeoJSON, and a script that opens them with a list to review.
 
-The form is that of QuPath 0.4 and later. The script uses the scripting interface of the same
-versions; it was never run within QuPath here.
+The form is that of QuPath 0.4 and later. The script uses the scripting interface of 0.5 and later; it
+was never run within QuPath here.
 """
 
 import json
@@ -142,9 +142,10 @@ def write_groovy(
 
 
 _SCRIPT = """\
-// Opens the segmentation of a slide in QuPath 0.4 or later: open the slide, then Automate >
+// Opens the segmentation of a slide in QuPath 0.5 or later: open the slide, then Automate >
 // Script editor > Run. The objects can be edited as any others; the fields of which the model
 // was least sure are annotations of the class Review, the most uncertain first.
+import qupath.fx.dialogs.FileChoosers
 import qupath.lib.io.PathIO
 import qupath.lib.objects.PathObjects
 import qupath.lib.objects.classes.PathClass
@@ -161,15 +162,14 @@ if (server.getWidth() != @WIDTH@ || server.getHeight() != @HEIGHT@)
     print 'WARNING: the open image is ' + server.getWidth() + ' x ' + server.getHeight() +
         ' pixels, the segmented one @WIDTH@ x @HEIGHT@'
 
-def script = getQuPath()?.getScriptEditor()?.getCurrentFile()
-def folder = script != null ? script.getParentFile() : null
-def file = folder != null ? new File(folder, name) : null
-if (file == null || !file.exists())
-    file = qupath.fx.dialogs.FileChoosers.promptForFile('Where is ' + name + '?')
+// A script does not know where it lies: choose the file beside it, or write its path here.
+def path = ''
+def file = path ? new File(path) : FileChoosers.promptForFile(
+    'Choose ' + name, FileChoosers.createExtensionFilter('GeoJSON', '*.geojson'))
 if (file == null)
     return
 
-def objects = PathIO.readObjects(file.toPath())
+def objects = PathIO.readObjects(file)
 addObjects(objects)
 def review = PathClass.fromString('Review')
 fields.eachWithIndex { field, index ->
