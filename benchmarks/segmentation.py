@@ -24,7 +24,7 @@ from absl import app, flags
 from benchmarks import harness
 from benchmarks.harness import Record, Verdict
 
-_SIDES = flags.DEFINE_list("sides", ["20000", "40000", "80000"], "Pixels.")
+_SIDES = flags.DEFINE_list("sides", ["20000", "40000", "80000"], "Pixels.", allow_override=True)
 _OUTPUT = flags.DEFINE_string("output", "", "JSON lines file to append to.", allow_override=True)
 
 GROWTH = "largest memory, the largest slide / the smallest"

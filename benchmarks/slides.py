@@ -30,7 +30,9 @@ from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.reading import stored_pixels
 from fedjax_dp.data.store.writing import StoredTile, write_slide
 
-_SLIDES = flags.DEFINE_list("slides", [], "Real slides; empty = a pyramid made here.")
+_SLIDES = flags.DEFINE_list(
+    "slides", [], "Real slides; empty = a pyramid made here.", allow_override=True
+)
 _SIDE = flags.DEFINE_integer("side", 20_000, "Of the pyramid, pixels.", allow_override=True)
 _READS = flags.DEFINE_integer("reads", 200, "Reads of a timed block.", allow_override=True)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed blocks.", allow_override=True)

@@ -22,14 +22,26 @@ from fedjax_dp.inference.overview import default_colours
 from fedjax_dp.inference.polygons import Region, trace
 from fedjax_dp.inference.qupath import write_geojson
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of slides and table.", required=True)
-_SITES = flags.DEFINE_integer("sites", 3, "Hospitals.", lower_bound=1, upper_bound=5)
-_PER_SITE = flags.DEFINE_integer("slides_per_site", 4, "Slides of each; the last is for testing.")
-_SIDE = flags.DEFINE_integer("side", 2048, "Of a slide, pixels.", lower_bound=1024)
-_PIECES = flags.DEFINE_integer("pieces", 5, "Pieces of tissue on a slide.", lower_bound=1)
-_TASK = flags.DEFINE_enum("task", "nuclei", sorted(CLASS_NAMES), "What is annotated.")
-_MPP = flags.DEFINE_float("mpp", 0.5, "Micrometres per pixel.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder of slides and table.", required=True, allow_override=True
+)
+_SITES = flags.DEFINE_integer(
+    "sites", 3, "Hospitals.", lower_bound=1, upper_bound=5, allow_override=True
+)
+_PER_SITE = flags.DEFINE_integer(
+    "slides_per_site", 4, "Slides of each; the last is for testing.", allow_override=True
+)
+_SIDE = flags.DEFINE_integer(
+    "side", 2048, "Of a slide, pixels.", lower_bound=1024, allow_override=True
+)
+_PIECES = flags.DEFINE_integer(
+    "pieces", 5, "Pieces of tissue on a slide.", lower_bound=1, allow_override=True
+)
+_TASK = flags.DEFINE_enum(
+    "task", "nuclei", sorted(CLASS_NAMES), "What is annotated.", allow_override=True
+)
+_MPP = flags.DEFINE_float("mpp", 0.5, "Micrometres per pixel.", allow_override=True)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.", lower_bound=0, allow_override=True)
 
 _PIECE = 512
 _GLASS = (244, 242, 245)

@@ -27,9 +27,15 @@ _LAYOUTS = {
     "glas": read_glas,
     "consep": read_consep,
 }
-_LAYOUT = flags.DEFINE_enum("layout", None, sorted(_LAYOUTS), "Of the source.", required=True)
-_SOURCE = flags.DEFINE_string("source", None, "Folder of the data set.", required=True)
-_TARGET = flags.DEFINE_string("output", None, "Folder of manifest and images.", required=True)
+_LAYOUT = flags.DEFINE_enum(
+    "layout", None, sorted(_LAYOUTS), "Of the source.", required=True, allow_override=True
+)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Folder of the data set.", required=True, allow_override=True
+)
+_TARGET = flags.DEFINE_string(
+    "output", None, "Folder of manifest and images.", required=True, allow_override=True
+)
 
 
 def main(argv: list[str]) -> int:

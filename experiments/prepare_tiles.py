@@ -22,40 +22,67 @@ from fedjax_dp.data.slide_list import read_slide_list
 from fedjax_dp.data.store.layout import Recipe
 from fedjax_dp.preparation import SlideReport, prepare_store
 
-_SLIDES = flags.DEFINE_string("slides", None, "Folder of the slides.", required=True)
-_ANNOTATIONS = flags.DEFINE_string(
-    "annotations", "", "Folder of GeoJSON, XML or mask images; empty = that of the slides."
+_SLIDES = flags.DEFINE_string(
+    "slides", None, "Folder of the slides.", required=True, allow_override=True
 )
-_SITES = flags.DEFINE_string("sites", None, "CSV: slide,site[,patient,split,mpp,…]", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the store.", required=True)
+_ANNOTATIONS = flags.DEFINE_string(
+    "annotations",
+    "",
+    "Folder of GeoJSON, XML or mask images; empty = that of the slides.",
+    allow_override=True,
+)
+_SITES = flags.DEFINE_string(
+    "sites", None, "CSV: slide,site[,patient,split,mpp,…]", required=True, allow_override=True
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder of the store.", required=True, allow_override=True
+)
 _CLASSES = flags.DEFINE_string(
     "classes",
     None,
     'Classes, background first, each with its other names: "background; tumour = Tumor", or a file '
     "of that form.",
     required=True,
+    allow_override=True,
 )
-_MPP = flags.DEFINE_float("mpp", 0.5, "Micrometres per pixel of the tiles.")
-_TILE = flags.DEFINE_integer("tile_size", 256, "Side of a tile, pixels.")
+_MPP = flags.DEFINE_float("mpp", 0.5, "Micrometres per pixel of the tiles.", allow_override=True)
+_TILE = flags.DEFINE_integer("tile_size", 256, "Side of a tile, pixels.", allow_override=True)
 _TISSUE = flags.DEFINE_enum(
     "tissue",
     "saturation",
     ["saturation", "otsu", "none"],
     "How tissue is found. With otsu a slide's tiles depend on each other: no unit=tile.",
+    allow_override=True,
 )
 _MIN_TISSUE = flags.DEFINE_float(
-    "min_tissue", 0.5, "Tiles with less are left out, if not annotated."
+    "min_tissue", 0.5, "Tiles with less are left out, if not annotated.", allow_override=True
 )
 _UNANNOTATED = flags.DEFINE_enum(
-    "unannotated", "", ["", "background", "ignore"], "What pixels in no shape are."
+    "unannotated",
+    "",
+    ["", "background", "ignore"],
+    "What pixels in no shape are.",
+    allow_override=True,
 )
-_UNKNOWN = flags.DEFINE_enum("unknown", "error", ["error", "ignore"], "Shapes of unknown classes.")
+_UNKNOWN = flags.DEFINE_enum(
+    "unknown", "error", ["error", "ignore"], "Shapes of unknown classes.", allow_override=True
+)
 _ORIGIN = flags.DEFINE_enum(
-    "origin", "file", ["file", "bounds"], "Annotations count from level 0, or the slide's bounds."
+    "origin",
+    "file",
+    ["file", "bounds"],
+    "Annotations count from level 0, or the slide's bounds.",
+    allow_override=True,
 )
-_COMPRESSION = flags.DEFINE_enum("compression", "zstd", ["none", "lz4", "zstd"], "Of the arrays.")
-_WORKERS = flags.DEFINE_integer("workers", 0, "Slides at once; 0 = one a core.")
-_OVERVIEW = flags.DEFINE_bool("overview", True, "Draw every slide with its tissue and tiles.")
+_COMPRESSION = flags.DEFINE_enum(
+    "compression", "zstd", ["none", "lz4", "zstd"], "Of the arrays.", allow_override=True
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Slides at once; 0 = one a core.", allow_override=True
+)
+_OVERVIEW = flags.DEFINE_bool(
+    "overview", True, "Draw every slide with its tissue and tiles.", allow_override=True
+)
 
 
 def main(argv: list[str]) -> int:

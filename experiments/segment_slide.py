@@ -19,27 +19,51 @@ from tqdm import tqdm
 from experiments.launcher import EXIT_STOPPED, split_cpu
 from fedjax_dp.processor import use_huge_pages
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a finished run.", required=True)
-_SLIDE = flags.DEFINE_string("slide", None, "The slide.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results.", required=True)
-_MPP = flags.DEFINE_float("mpp", 0.0, "Of the model's tiles, micrometres; 0 = as the run says.")
-_SLIDE_MPP = flags.DEFINE_float("slide_mpp", 0.0, "Of the slide; 0 = as its file says.")
-_WINDOW = flags.DEFINE_integer("window", 0, "Side, pixels; 0 = that of the training tiles.")
-_OVERLAP = flags.DEFINE_float("overlap", 0.25, "Of neighbouring windows, a fraction.")
-_BLOCK = flags.DEFINE_integer("block", 4096, "Pixels that are finished together.")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Windows at once.")
-_TISSUE = flags.DEFINE_string(
-    "tissue", "saturation", "saturation, none (everywhere), or a GeoJSON of outlines."
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Workdir of a finished run.", required=True, allow_override=True
 )
-_MIN_AREA = flags.DEFINE_float("min_area_um2", 0.0, "Smaller objects are left out of the GeoJSON.")
+_SLIDE = flags.DEFINE_string("slide", None, "The slide.", required=True, allow_override=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder of the results.", required=True, allow_override=True
+)
+_MPP = flags.DEFINE_float(
+    "mpp", 0.0, "Of the model's tiles, micrometres; 0 = as the run says.", allow_override=True
+)
+_SLIDE_MPP = flags.DEFINE_float(
+    "slide_mpp", 0.0, "Of the slide; 0 = as its file says.", allow_override=True
+)
+_WINDOW = flags.DEFINE_integer(
+    "window", 0, "Side, pixels; 0 = that of the training tiles.", allow_override=True
+)
+_OVERLAP = flags.DEFINE_float(
+    "overlap", 0.25, "Of neighbouring windows, a fraction.", allow_override=True
+)
+_BLOCK = flags.DEFINE_integer(
+    "block", 4096, "Pixels that are finished together.", allow_override=True
+)
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Windows at once.", allow_override=True)
+_TISSUE = flags.DEFINE_string(
+    "tissue",
+    "saturation",
+    "saturation, none (everywhere), or a GeoJSON of outlines.",
+    allow_override=True,
+)
+_MIN_AREA = flags.DEFINE_float(
+    "min_area_um2", 0.0, "Smaller objects are left out of the GeoJSON.", allow_override=True
+)
 _KIND = flags.DEFINE_enum(
-    "kind", "auto", ["auto", "annotation", "detection"], "auto: two classes are detections."
+    "kind",
+    "auto",
+    ["auto", "annotation", "detection"],
+    "auto: two classes are detections.",
+    allow_override=True,
 )
 _ORIGIN = flags.DEFINE_enum(
     "origin",
     "file",
     ["file", "bounds"],
     "From where QuPath counts: level 0, or the slide's bounds.",
+    allow_override=True,
 )
 
 

@@ -1,7 +1,7 @@
 """What QuPath reads: objects as GeoJSON, and a script that opens them with a list to review.
 
-The form is that of QuPath 0.4 and later. The script uses the scripting interface of 0.5 and later; it
-was never run within QuPath here.
+The form is that of QuPath 0.4 and later. The script uses the scripting interface of 0.5 and later;
+it was never run within QuPath here.
 """
 
 import json
