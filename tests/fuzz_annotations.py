@@ -27,8 +27,8 @@ from fedjax_dp.data.annotations.shapes import AnnotationError
 MEMORY, SECONDS, BATCH = 3 * 2**30, 20.0, 250
 TABLE = ClassTable.from_text("background; tumour = Tumor; stroma")
 TOKENS = (
-    b"null", b"NaN", b"1e400", b"-1", b"[]", b"{}", b'""', b"[[", b"]]", b"<", b"/>", b"&amp;", b"0",
-    b"9" * 20, b'"type"', b"true", b"\xff\xfe", b"\x00", b'Type="2"', b'NegativeROA="1"',
+    b"null", b"NaN", b"1e400", b"-1", b"[]", b"{}", b'""', b"[[", b"]]", b"<", b"/>", b"&amp;",
+    b"0", b"9" * 20, b'"type"', b"true", b"\xff\xfe", b"\x00", b'Type="2"', b'NegativeROA="1"',
 )  # fmt: skip
 
 

@@ -76,6 +76,25 @@ def test_pen_marks_are_no_tissue(ink, tmp_path):
     assert mask[MIDDLE].mean() > 0.97
 
 
+def test_a_dot_of_ink_within_tissue_is_no_tissue(tmp_path):
+    image = with_patch(glass(), EOSIN, MIDDLE)
+    image = with_patch(image, (20, 40, 160), np.s_[195:203, 195:203], noise=3.0)
+    mask = found(image, tmp_path)
+    assert not mask[195:203, 195:203].any()
+    assert mask[110:180, 110:290].all()
+
+
+def test_fat_keeps_its_borders(tmp_path):
+    """Empty cells of a fifth of a millimetre, their walls four pixels thick."""
+    image = with_patch(glass(), EOSIN, MIDDLE)
+    for y in range(104, 296, 24):
+        for x in range(104, 296, 24):
+            image[y : y + 20, x : x + 20] = GLASS
+    mask = found(image, tmp_path)
+    assert 0.2 < mask[MIDDLE].mean() < 0.6
+    assert mask[124:128, 104:296].mean() > 0.9
+
+
 def test_black_fill_is_no_tissue(tmp_path):
     image = with_patch(glass(), EOSIN, MIDDLE)
     image[:, 330:] = 0
@@ -112,6 +131,7 @@ def test_the_default_looks_at_no_other_place(tmp_path):
         first, second = (found(i, tmp_path, method=method)[:300] for i in (image, stained))
         assert (first == second).all() == is_alike
         assert is_local(method) == is_alike
+    assert not is_local("unheard of")
 
 
 def test_otsu_is_clamped(tmp_path):
@@ -133,6 +153,8 @@ def test_fractions_are_areas():
     assert tissue.fraction(45, 12.5, 1.0, 1.0) == pytest.approx(1.0)
     assert tissue.fraction(-100, -100, 50, 50) == 0.0
     assert tissue.fraction(-40, -10, 80, 20) == 0.0
+    with pytest.raises(ValueError, match="area"):
+        tissue.fraction(0, 0, 0, 5)
     assert TissueMask(np.ones((3, 3), bool), (1, 1), "").fraction(2, 0, 2, 3) == pytest.approx(0.5)
 
 

@@ -239,9 +239,14 @@ def tissue_fraction(image: np.ndarray) -> float:
     `MIN_SATURATION`. The threshold is fixed: one fitted to a slide (Otsu) would let the tiles of a
     slide decide about each other, and then a tile would be no unit of privacy.
     """
+    return float(np.mean(saturation_of(image)[2] >= MIN_SATURATION))
+
+
+def saturation_of(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Largest channel int32, its distance to the smallest, and saturation uint8, of every pixel."""
     largest = image.max(-1).astype(np.int32)
-    smallest = image.min(-1).astype(np.int32)
-    return float(np.mean((largest - smallest) * 255 >= MIN_SATURATION * np.maximum(largest, 1)))
+    span = largest - image.min(-1)
+    return largest, span, (span * 255 // np.maximum(largest, 1)).astype(np.uint8)
 
 
 def blank_tiles(count: int) -> tuple[np.ndarray, np.ndarray]:

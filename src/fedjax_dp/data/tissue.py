@@ -11,7 +11,7 @@ from skimage.filters import threshold_otsu
 
 from fedjax_dp.data.annotations.rasterise import Grid, rasterise
 from fedjax_dp.data.slides import Slide
-from fedjax_dp.data.tiles import MIN_SATURATION
+from fedjax_dp.data.tiles import MIN_SATURATION, saturation_of
 
 Method = Literal["saturation", "otsu"]
 
@@ -61,6 +61,8 @@ class TissueMask:
         left, right = (v / self.scale[0] for v in (x, x + width))
         top, bottom = (v / self.scale[1] for v in (y, y + height))
         area = (right - left) * (bottom - top)
+        if area <= 0:
+            raise ValueError(f"Expected a rectangle with an area, got {width} x {height}.")
         found = (
             self._until(bottom, right)
             - self._until(top, right)
@@ -124,7 +126,7 @@ def is_local(method: str) -> bool:
     Where the slide decides, tiles of a slide decide about each other, and a tile is no unit of
     privacy.
     """
-    return method != "otsu"
+    return method in ("saturation", "none")
 
 
 def tissue_mask(slide: Slide, *, method: str = "saturation", mpp: float = TISSUE_MPP) -> TissueMask:
@@ -152,7 +154,8 @@ def tissue_mask(slide: Slide, *, method: str = "saturation", mpp: float = TISSUE
     if method == "otsu":
         threshold = float(np.clip(_otsu(saturation[~is_excluded]), *_OTSU_RANGE))
     mask = (saturation >= threshold) & ~is_excluded
-    return TissueMask(_cleaned(mask, mpp), _scale(slide, mpp), method, threshold)
+    # Excluded once more: a dot of ink within tissue is a small hole.
+    return TissueMask(_cleaned(mask, mpp) & ~is_excluded, _scale(slide, mpp), method, threshold)
 
 
 def tissue_from_outlines(
@@ -200,9 +203,7 @@ def _look(slide: Slide, mpp: float) -> tuple[np.ndarray, np.ndarray]:
 def _colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Saturation, and whether a pixel is black, and whether it is of a marker's ink."""
     red, green, blue = (pixels[..., channel].astype(np.int32) for channel in range(3))
-    largest, smallest = pixels.max(-1).astype(np.int32), pixels.min(-1).astype(np.int32)
-    span = largest - smallest
-    saturation = span * 255 // np.maximum(largest, 1)
+    largest, span, saturation = saturation_of(pixels)
     # Hue in 255ths of a turn: green at 85, cyan at 127, blue at 170.
     sector = np.select(
         [largest == red, largest == green],
@@ -212,7 +213,7 @@ def _colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     hue = sector * 255 // np.maximum(6 * span, 1)
     is_cold = (hue >= _COLD_HUES[0]) & (hue <= _COLD_HUES[1]) & (green >= red)
     return (
-        saturation.astype(np.uint8),
+        saturation,
         largest <= _BLACK,
         (saturation >= _INK_SATURATION) & is_cold,
     )

@@ -47,7 +47,7 @@ def save_overview(
     axes = figure.add_axes((0, 0, 1, size[1] / (size[1] + 0.5 * _DPI)))
     extent = (0, slide.dimensions[0], slide.dimensions[1], 0)
     axes.imshow(pixels, extent=extent)
-    if tissue.mask.any() and not tissue.mask.all():
+    if tissue.mask.any() and not tissue.mask.all() and min(tissue.mask.shape) > 1:
         shape = tissue.mask.shape
         x, y = ((np.arange(n) + 0.5) * s for n, s in zip(shape[::-1], tissue.scale, strict=True))
         axes.contour(x, y, tissue.mask.astype(float), [0.5], colors=_TISSUE, linewidths=1.0)

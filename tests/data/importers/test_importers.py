@@ -133,7 +133,9 @@ def test_monuseg_as_published(tmp_path):
     drawn = tmp_path / "Annotations" / f"{name}.xml"
     drawn.parent.mkdir()
     drawn.write_text(f"<Annotations>{layer}</Annotations>")
-    (found,) = monuseg.read_monuseg(tmp_path).regions
+    without, found = monuseg.read_monuseg(tmp_path).regions
+    with pytest.raises(ValueError, match="Cannot read"):
+        without.load()
     _, labels = found.load()
     assert (labels[5:20, 5:15] == 1).all()
     assert labels.sum() == 150
@@ -165,6 +167,17 @@ def test_glas_as_published(tmp_path):
     assert region.patient == "3"
     _, labels = region.load()
     assert (labels == (mask > 0)).all()
+
+
+def test_masks_that_do_not_fit_their_images(tmp_path):
+    for number, shape in ((1, (30, 41)), (2, (30, 40))):
+        save(picture(30, 40), tmp_path, f"train_{number}.bmp")
+        save(np.zeros(shape, np.uint8), tmp_path, f"train_{number}_anno.bmp")
+    (tmp_path / "train_2.bmp").write_bytes(b"BM damaged")
+    save(picture(30, 40), tmp_path, "train_3.bmp")
+    errors = write_manifest(glas.read_glas(tmp_path), tmp_path / "out")
+    assert [error.partition(":")[0] for error in errors] == ["train_1", "train_2", "train_3"]
+    assert "of the image's size" in errors[0]
 
 
 # --- CoNSeP

@@ -1,7 +1,7 @@
 """CoNSeP (Graham et al., MedIA 2019): 1000 px of colorectal slides, nuclei segmented.
 
 Published as Train and Test with `Images` (PNG) and `Labels` (MATLAB, `inst_map`). Also as patches
-of 256 px, 16 an image, in `images` and `seg_mask` (or `inst`): those of the last row and column
+of 256 px, 16 an image, in `images` and `seg_mask` (PNG): those of the last row and column
 overlap their neighbours, so they are put together to whole images again.
 """
 
@@ -75,7 +75,7 @@ def _patches(root: pathlib.Path) -> list[SourceRegion]:
         if match := _PATCH_NAME.match(path.stem):
             groups.setdefault(match["image"], {})[int(match["number"])] = path
     found = []
-    first = min((number for paths in groups.values() for number in paths), default=0)
+    first = 0 if any(0 in paths for paths in groups.values()) else 1
     for name, paths in sorted(groups.items()):
         if max(paths) >= first + len(corners()):
             raise LayoutError(
@@ -118,9 +118,8 @@ def _assembled(
     image = np.full((_SIDE, _SIDE, 3), 255, np.uint8)
     labels = np.full((_SIDE, _SIDE), IGNORE_INDEX, np.uint8)
     known = np.zeros((_SIDE, _SIDE), bool)
-    masks = next((root / n for n in ("seg_mask", "inst") if (root / n).is_dir()), root)
     for path, (y, x) in paths:
-        pixels, mask = read_image(path), _mask(masks, path.stem)
+        pixels, mask = read_image(path), _mask(root / "seg_mask", path.stem)
         check_sizes(path.name, pixels, mask)
         box = np.s_[y : y + _PATCH, x : x + _PATCH]
         if pixels.shape[:2] != known[box].shape:

@@ -62,8 +62,7 @@ def _pairs(root: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
     for path in sorted(p for p in images.iterdir() if p.suffix.lower() in _ENDINGS):
         # Masks may be named with a suffix; of several folders the first that knows the image.
         options = [m for f in masks for m in sorted(f.glob(f"{path.stem}*")) if _is_of(m, path)]
-        if options:
-            found.append((path, options[0]))
+        found.append((path, options[0] if options else root / "masks" / path.name))
     return found
 
 

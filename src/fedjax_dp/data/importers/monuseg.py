@@ -22,7 +22,7 @@ _TABLE = ClassTable.from_text("background; nucleus")
 
 
 def read_monuseg(root: pathlib.Path) -> DataSet:
-    """The images that have an annotation, sites being tissue source sites.
+    """The images, sites being tissue source sites; one without annotation fails to load.
 
     Raises:
         LayoutError: no such layout.
@@ -32,8 +32,6 @@ def read_monuseg(root: pathlib.Path) -> DataSet:
     regions = []
     for path in sorted(p for p in images.iterdir() if p.suffix.lower() in _ENDINGS):
         annotation = drawn / f"{path.stem}.xml"
-        if not annotation.exists():
-            continue
         site, patient = tcga(path.stem)
         regions.append(
             SourceRegion(
@@ -45,7 +43,7 @@ def read_monuseg(root: pathlib.Path) -> DataSet:
             )
         )
     if not regions:
-        raise LayoutError(f"Expected images in {images} with annotations of the same names.")
+        raise LayoutError(f"Expected TIFF or PNG images in {images}, got none.")
     return DataSet(regions=tuple(regions), class_names=CLASS_NAMES)
 
 
