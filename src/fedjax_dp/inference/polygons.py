@@ -73,6 +73,8 @@ class _Open:
     def add(self, top: int, band: np.ndarray) -> Iterator[Region]:
         """Takes rows that begin at `top`; yields what they do not continue."""
         band = np.where(band == NOT_ANALYSED, 0, band)
+        if not self._edges and not band.any():
+            return  # most of most slides
         parts = components_of(band, background=0, connectivity=1).astype(np.int64)
         parts = self._named(band, parts)
         above = np.concatenate([self._last_part[None], parts])
