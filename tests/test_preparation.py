@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from fedjax_dp import preparation
 from fedjax_dp.data.federation import check_unit
 from fedjax_dp.data.slide_list import read_slide_list
+from fedjax_dp.data.slides import Slide, SlideError
 from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.layout import Recipe, StoreError
 from fedjax_dp.data.store.reading import stored_pixels
@@ -147,6 +149,28 @@ def test_a_broken_slide_is_skipped_and_the_rest_goes_on(folder):
     assert len(layout.read_records(folder / "store")) == 2
     private = (folder / "store" / "private" / "report.csv").read_text()
     assert "truncated" in private
+
+
+def test_a_slide_that_changes_meanwhile_is_an_error(folder, monkeypatch):
+    """While it is cut, and while its bytes are read again for their digest."""
+    rows = read_slide_list(folder / "sites.csv", folder / "slides")
+    layout.claim(folder / "store", recipe())
+    job = preparation.SlideJob(folder / "store", recipe(), rows[0], "a" * 16, "", False)
+
+    def grow(*_):
+        with rows[0].slide.open("ab") as file:
+            file.write(b"more")
+
+    digest = preparation.file_digest
+    monkeypatch.setattr(preparation, "file_digest", lambda path: (grow(), digest(path))[1])
+    with pytest.raises(StoreError, match="changed while"):
+        preparation._prepare(job)
+    monkeypatch.setattr(preparation, "file_digest", digest)
+    read = Slide.read_region
+    monkeypatch.setattr(Slide, "read_region", lambda *a, **k: (grow(), read(*a, **k))[1])
+    with pytest.raises(SlideError, match="changed while"):
+        preparation._prepare(job._replace(slide="b" * 16))
+    assert not (folder / "store" / "slides" / ("b" * 16)).exists()
 
 
 def test_a_second_call_does_only_what_is_missing(folder):

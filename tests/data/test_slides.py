@@ -313,7 +313,7 @@ def test_units_of_ome(value, unit, expected, tmp_path):
 
 
 def test_a_real_slide_without_resolution_names_the_override():
-    with pytest.raises(SlideError, match="mpp_overrides"):
+    with pytest.raises(SlideError, match="column mpp of the table"):
         open_slide(real("wsi/TCGA-CR-7395-01A-01-TS1.svs"))
 
 

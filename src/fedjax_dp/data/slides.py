@@ -191,8 +191,8 @@ def open_slide(
             pyramid.close()
         raise SlideError(
             f"{path} ({pyramid.format}) does not say how large its pixels are. Pass mpp=, "
-            "micrometres per pixel (about 0.25 at 40x, 0.5 at 20x), or list the slide with its "
-            "mpp in the table of overrides (--mpp_overrides)."
+            "micrometres per pixel (about 0.25 at 40x, 0.5 at 20x): in the column mpp of the table "
+            "of sites, or as --slide_mpp."
         )
     return Slide(path, pyramid, found, state)
 
