@@ -111,10 +111,10 @@ MUTANTS = {
     "noise_once_a_block": Mutant(
         "noise is added with every block of units, so an empty draw has none",
         (Edit("federated.client",
-              "summed = noise.add_noise(noise_key, summed, constants.noise_stddev)",
+              "summed = add_noise(noise_key, summed, constants.noise_stddev)",
               "summed = lax.fori_loop(\n"
               "    0, (num_units + microbatch_size - 1) // microbatch_size,\n"
-              "    lambda i, tree: noise.add_noise(\n"
+              "    lambda i, tree: add_noise(\n"
               "        jax.random.fold_in(noise_key, i), tree, constants.noise_stddev\n"
               "    ), summed)"),),
         (CLIENT + "test_an_empty_draw_takes_the_same_path",

@@ -1,5 +1,6 @@
 """What ONE client does in one round: local steps, clipping and noise at its placement."""
 
+import functools
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
@@ -109,6 +110,8 @@ def client_update(
             "privacy.placement to one of them; for distributed use share.masked_share."
         )
 
+    add_noise = functools.partial(noise.add_noise, axis_name=axis_name)
+
     def update(
         params: Params,
         keys: ClientKeys,
@@ -140,9 +143,7 @@ def client_update(
             if placement == "dp_sgd":
                 summed = jax.tree.map(lambda leaf: leaf * constants.l2_clip_norm, summed)
                 noise_key = jax.random.fold_in(keys.noise, index)
-                summed = noise.add_noise(
-                    noise_key, summed, constants.noise_stddev, axis_name=axis_name
-                )
+                summed = add_noise(noise_key, summed, constants.noise_stddev)
                 if is_adaptive:
                     centred = noised_count(keys, steps + index, aux, constants)
             gradient = jax.tree.map(
@@ -163,9 +164,7 @@ def client_update(
         if placement in ("update", "central"):
             model_delta, _ = clipping.clip_by_norm(model_delta, constants.l2_clip_norm)
         if placement in ("update", "update_unclipped"):
-            model_delta = noise.add_noise(
-                keys.noise, model_delta, constants.noise_stddev, axis_name=axis_name
-            )
+            model_delta = add_noise(keys.noise, model_delta, constants.noise_stddev)
         model_delta = jax.tree.map(
             lambda leaf, like: jnp.where(constants.is_active > 0, leaf, 0).astype(like.dtype),
             model_delta,
