@@ -11,7 +11,9 @@ import tensorstore as ts
 from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.layout import SlideRecord, StoreError
 
-_CACHE_BYTES = 0  # every tile of an epoch is read once: a cache would only hold memory
+_CACHE_BYTES = 2**25
+"""Of all slides of a table together: where in its shard a tile lies is not read again each time."""
+
 _ITERATED = 64
 
 
@@ -31,6 +33,7 @@ class StoredPixels:
         self._folders = tuple(folders)
         self._ends = np.cumsum([0, *counts])
         self._open: dict[int, Any] = {}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         self.shape = (int(self._ends[-1]), *shape)
         self.ndim = len(self.shape)
 
@@ -76,9 +79,8 @@ class StoredPixels:
         if slide not in self._open:
             folder = self._folders[slide]
             spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
-            context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
             try:
-                array = ts.open(spec, open=True, read=True, context=context).result()
+                array = ts.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as error:
                 raise StoreError(
                     f"Cannot open the tiles of slide {folder.parent.name}: {error}. Delete its "
