@@ -84,6 +84,13 @@ _OVERVIEW = flags.DEFINE_bool(
     "overview", True, "Draw every slide with its tissue and tiles.", allow_override=True
 )
 
+_PRUNE = flags.DEFINE_bool(
+    "prune",
+    False,
+    "Delete slides from the store that the table lists no more.",
+    allow_override=True,
+)
+
 
 def main(argv: list[str]) -> int:
     """Prepares, reports, and returns the exit code."""
@@ -116,6 +123,7 @@ def main(argv: list[str]) -> int:
                 recipe,
                 workers=_WORKERS.value or len(os.sched_getaffinity(0)),
                 with_overview=_OVERVIEW.value,
+                prune=_PRUNE.value,
                 tell=tell,
             )
     except ValueError as error:

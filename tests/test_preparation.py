@@ -74,10 +74,15 @@ def recipe(**settings):
     return Recipe(**{**plain, **settings})
 
 
-def prepare(folder, name="store", with_overview=False, workers=1, **settings):
+def prepare(folder, name="store", with_overview=False, workers=1, prune=False, **settings):
     rows = read_slide_list(folder / "sites.csv", folder / "slides")
     return prepare_store(
-        rows, folder / name, recipe(**settings), workers=workers, with_overview=with_overview
+        rows,
+        folder / name,
+        recipe(**settings),
+        workers=workers,
+        with_overview=with_overview,
+        prune=prune,
     )
 
 
@@ -203,6 +208,20 @@ def test_a_changed_table_needs_no_new_pixels(folder):
     assert [report.is_old for report in reports] == [True] * 3
     assert {record.site for record in layout.read_records(folder / "store")} == {"east"}
     assert "east" in (folder / "store" / "index.csv").read_text()
+
+
+def test_a_slide_that_is_listed_no_more_is_not_trained_on(folder):
+    """Its patient may have withdrawn: silence would go on using it."""
+    reports = prepare(folder, with_overview=True)
+    table(folder, [f"{PEOPLE[2]}-{n},north,{PEOPLE[0]} {n},train" for n in (0, 2)])
+    with pytest.raises(StoreError, match=rf"1 slides .*{PEOPLE[2]}-1.*--prune"):
+        prepare(folder)
+    prepare(folder, prune=True)
+    store, gone = folder / "store", reports[1].slide
+    assert len(federation_from_store(store, tile_size=SIDE).train) == 2 * 133
+    assert not [path for path in store.rglob("*") if gone in path.name]
+    for name in ("index.csv", "report.csv", "private/sources.csv"):
+        assert gone not in (store / name).read_text()
 
 
 def test_a_killed_call_leaves_nothing_that_is_used(folder):

@@ -92,6 +92,7 @@ def prepare_store(
     *,
     workers: int = 1,
     with_overview: bool = True,
+    prune: bool = False,
     tell: Callable[[SlideReport], None] = lambda report: None,
 ) -> tuple[SlideReport, ...]:
     """Prepares every slide that is not finished, and writes the store's index and reports.
@@ -106,13 +107,16 @@ def prepare_store(
         recipe: what is cut.
         workers: slides at once, each in a process of its own.
         with_overview: whether to draw every slide with its tissue and tiles.
+        prune: whether to delete slides of the store that are no longer in `rows`; otherwise they
+            are an error, for training would go on using them.
         tell: called for every slide as it is done.
 
     Returns:
         A report for every slide, in the order of `rows`.
 
     Raises:
-        StoreError: the folder cannot be used; another call is at work on it.
+        StoreError: the folder cannot be used; another call is at work on it; it holds slides that
+            are not in `rows`.
     """
     layout.claim(folder, recipe)
     with _locked(folder):
@@ -130,6 +134,7 @@ def prepare_store(
             for row in rows
         ]
         known = _read_sources(folder)
+        _drop(folder, {job.slide for job in jobs}, known, prune=prune)
         reports: dict[int, SlideReport] = {}
         for number, job in enumerate(jobs):
             if (record := _finished(job, known.get(job.slide))) is not None:
@@ -323,6 +328,26 @@ def _write_reports(folder: pathlib.Path, recipe: Recipe, reports: Sequence[Slide
     ]
     path = private_folder(folder) / "report.csv"
     write_private_table(path, ("slide", "name", "kind", "text"), private)
+
+
+def _drop(
+    folder: pathlib.Path, wanted: set[str], known: dict[str, dict[str, str]], *, prune: bool
+) -> None:
+    """Deletes the slides that nobody lists any more, or refuses to go on with them."""
+    there = {path.name for path in (folder / layout.SLIDES).iterdir() if path.is_dir()}
+    if not (gone := sorted(there - wanted)):
+        return
+    if not prune:
+        names = ", ".join(known.get(slide, {}).get("name", slide) for slide in gone[:8])
+        raise StoreError(
+            f"{folder} holds {len(gone)} slides that the table does not list ({names}), and "
+            "training would use them. List them, or pass --prune to delete them from the store."
+        )
+    for slide in gone:
+        shutil.rmtree(folder / layout.SLIDES / slide)
+        (folder / layout.OVERVIEW / f"{slide}.png").unlink(missing_ok=True)
+        known.pop(slide, None)
+    _write_sources(folder, known)
 
 
 def _sweep(folder: pathlib.Path) -> None:
