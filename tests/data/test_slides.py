@@ -16,7 +16,12 @@ from fedjax_dp.data.slides import SlideError, open_slide
 from tests.slide_files import painted, patch, pyramid, write_generic, write_ome, write_svs
 
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "formats"
-SVS = ("wsi/CMU-1-Small-Region.svs", "wsi/TCGA-CR-7395-01A-01-TS1.svs", "11_monusac_svs/A9K0_1.svs")
+SVS = (
+    "wsi/CMU-1-Small-Region.svs",
+    "wsi/TCGA-CR-7395-01A-01-TS1.svs",
+    "11_monusac_svs/A9K0_1.svs",
+    "11_monusac_svs/A9K0_3.svs",
+)
 IMAGE = painted(301, 419)
 
 
