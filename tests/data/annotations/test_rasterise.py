@@ -87,6 +87,18 @@ def test_the_last_one_wins_and_what_it_covers_is_counted():
     assert again[9, 9] == 255
 
 
+def test_a_comb_of_long_edges_is_painted_in_portions(monkeypatch):
+    """Every row crosses every tooth."""
+    teeth = np.arange(0.25, 60, 1.0)
+    comb = shapely.union_all([shapely.box(x, 1.5, x + 0.5, 90.5) for x in teeth])
+    comb = comb.union(shapely.box(0, 0, 61, 1.5))
+    grid = Grid(0, 0, 244, 380, (0.25, 0.25))
+    whole = paint(comb, grid)
+    assert (whole == oracle(comb, grid)).mean() > 0.99  # centres on edges are not shapely's
+    monkeypatch.setattr("fedjax_dp.data.annotations.rasterise._CROSSINGS", 100)
+    assert (paint(comb, grid) == whole).all()
+
+
 def test_a_million_vertices():
     angle = np.linspace(0, 2 * np.pi, 1_000_000, endpoint=False)
     radius = 400 + 3 * np.sin(5000 * angle)

@@ -91,6 +91,27 @@ def test_holes(tmp_path):
     assert (whole(path) == expected).all()
 
 
+def test_classes_that_only_begin_like_regions_are_classes(tmp_path):
+    table = ClassTable.from_text("background; Regional metastasis; Ignored vessel")
+    path = write(
+        tmp_path,
+        [
+            feature([box(0, 0, 9, 9)], "Regional metastasis"),
+            feature([box(9, 0, 18, 9)], "Ignored vessel"),
+            feature([box(18, 0, 27, 9)], "ignore"),
+        ],
+    )
+    found = whole(path, table=table)
+    assert [found[4, x] for x in (4, 12, 20, 30)] == [1, 2, 255, 0]
+
+
+def test_a_hole_outside_its_polygon_is_no_part_of_it(tmp_path):
+    path = write(tmp_path, [feature([box(5, 6, 15, 20), box(20, 6, 30, 20)])])
+    assert (whole(path) == filled(1, 5, 6, 15, 20)).all()
+    path = write(tmp_path, [feature([box(5, 6, 15, 20), box(10, 6, 25, 20)])])
+    assert (whole(path) == filled(1, 5, 6, 10, 20)).all()
+
+
 def test_ignore_and_regions_of_interest(tmp_path):
     path = write(
         tmp_path,
@@ -108,7 +129,7 @@ def test_ignore_and_regions_of_interest(tmp_path):
     expected[2:4, 2:4] = 1
     found = labels(path, unannotated=None)
     assert (found.label_region(0, 0, *SIZE, 1, 1) == expected).all()
-    assert found.findings["pixels claimed by two classes"] == 70
+    assert found.findings["pixels claimed by two classes"] == 0  # to be ignored is no class
 
 
 def test_overlaps_follow_the_table_and_not_the_file(tmp_path):
@@ -165,6 +186,8 @@ def test_shapes_outside_hint_at_the_origin(tmp_path):
     far = [feature([box(500 + i, 500, 510 + i, 510)]) for i in range(3)]
     with pytest.raises(AnnotationError, match=r"3 of 4 shapes .* --origin=bounds"):
         labels(write(tmp_path, [*far, ONE]))
+    with pytest.raises(AnnotationError, match="--origin=file"):
+        labels(write(tmp_path, [*far, ONE]), offset=(5, 5))
     found = labels(write(tmp_path, [far[0], ONE, feature([box(35, 20, 60, 60)])]))
     assert found.findings["shapes outside the slide, skipped"] == 1
     assert found.findings["shapes that reach beyond the slide"] == 1
@@ -234,6 +257,8 @@ def test_aperio_classes_by_attribute_and_by_colour(tmp_path):
     assert (
         whole(write(tmp_path, aperio(named + regions), "a.xml")) == filled(1, 5, 6, 15, 20)
     ).all()
+    described = named.replace('Name="Tumor"', 'Name="Description" Value="Tumor"')
+    assert (whole(write(tmp_path, aperio(described + regions), "c.xml")) == 1).sum() == 140
     text = aperio(f'<Annotation LineColor="255">{regions}')
     with pytest.raises(AnnotationError, match="#ff0000"):
         labels(write(tmp_path, text, "b.xml"))
@@ -347,6 +372,7 @@ OUTSIDE = (
         (BOMB.encode(), "can harm"),
         (OUTSIDE.encode(), "can harm"),
         (b"\x1f\x8bnonsense", "Cannot read"),
+        (gzip.compress(b"[" * 999)[:14] + b"\xff" * 9, "Cannot read"),
     ],
 )
 def test_no_annotations_at_all(content, message, tmp_path):
@@ -377,7 +403,7 @@ def test_no_annotations_at_all(content, message, tmp_path):
 def test_shapes_that_are_none_are_skipped_and_counted(coordinates, tmp_path):
     found = labels(write(tmp_path, [ONE, feature(coordinates)]))
     assert (found.label_region(0, 0, *SIZE, 1, 1) == filled(1, 5, 6, 15, 20)).all()
-    assert found.findings.sentences()
+    assert "skipped" in found.findings.sentences()[-1]
 
 
 def test_too_large_files_are_refused(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from fedjax_dp.data.annotations.shapes import (
     Findings,
     polygon,
     ring,
+    ring_points,
     role_of,
     surface,
 )
@@ -35,8 +36,9 @@ def is_aperio(root: Any) -> bool:
 def read_aperio(root: Any, findings: Findings) -> list[Annotation]:
     """The regions of all layers.
 
-    A layer's class is its `Name`, or the `Name` of its first attribute, or its colour as
-    "#rrggbb". A region with `NegativeROA` is a hole in the regions of the same layer before it.
+    A layer's class is its `Name`, or its attribute "Description", or the name of its first other
+    attribute, or its colour as "#rrggbb". A region with `NegativeROA` is a hole in the regions of
+    the same layer before it.
 
     Args:
         root: of the document.
@@ -63,11 +65,15 @@ def read_aperio(root: Any, findings: Findings) -> list[Annotation]:
 def _layer_name(layer: Any) -> str:
     if (layer.get("Name") or "").strip():
         return layer.get("Name").strip()
-    for element in layer.iter():
-        if name_of(element) == "Attribute" and (element.get("Name") or "").strip():
-            name = element.get("Name").strip()
-            if name.casefold() not in ("description", "length"):
-                return name
+    attributes = {
+        (element.get("Name") or "").strip(): (element.get("Value") or "").strip()
+        for element in layer.iter()
+        if name_of(element) == "Attribute"
+    }
+    if described := attributes.get("Description"):
+        return described
+    if others := [name for name in attributes if name and name != "Description"]:
+        return others[0]
     try:
         colour = int(layer.get("LineColor") or "")
     except ValueError:
@@ -83,14 +89,13 @@ def _region(region: Any, findings: Findings) -> BaseGeometry | None:
         return None
     vertices = [element for element in region.iter() if name_of(element) == "Vertex"]
     try:
-        points = [(float(v.get("X", "nan")), float(v.get("Y", "nan"))) for v in vertices]
+        points = ring_points((v.get("X"), v.get("Y")) for v in vertices)
         if kind in (_RECTANGLE, _ELLIPSE) and len(points) >= 2:
-            ring(points)
             outer: np.ndarray | None = (_box if kind == _RECTANGLE else _ellipse)(points)
         else:
             outer = ring(points)
-    except (AnnotationError, ValueError) as error:
-        findings.add(f"polygons skipped: {error}")
+    except AnnotationError as error:
+        findings.add(f"polygons {error}, skipped")
         return None
     if outer is None:
         findings.add("shapes without area, skipped")
@@ -98,14 +103,14 @@ def _region(region: Any, findings: Findings) -> BaseGeometry | None:
     return polygon(outer, [], findings)
 
 
-def _box(points: Sequence[tuple[float, float]]) -> np.ndarray:
+def _box(points: np.ndarray) -> np.ndarray:
     if len(points) > 2:  # its corners; it may be turned
-        return np.asarray(points)
+        return points
     (x0, y0), (x1, y1) = points
     return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 
-def _ellipse(points: Sequence[tuple[float, float]]) -> np.ndarray:
+def _ellipse(points: np.ndarray) -> np.ndarray:
     low, high = np.min(points, 0), np.max(points, 0)
     angle = 2 * np.pi * np.arange(_ELLIPSE_POINTS) / _ELLIPSE_POINTS
     return (low + high) / 2 + (high - low) / 2 * np.stack([np.cos(angle), np.sin(angle)], -1)

@@ -10,6 +10,7 @@ from fedjax_dp.data.annotations.shapes import (
     Findings,
     polygon,
     ring,
+    ring_points,
     role_of,
 )
 from fedjax_dp.data.annotations.xml_text import name_of
@@ -42,8 +43,8 @@ def read_asap(root: Any, findings: Findings) -> list[Annotation]:
             continue
         try:
             outer = ring(_points(element))
-        except (AnnotationError, ValueError) as error:
-            findings.add(f"polygons skipped: {error}")
+        except AnnotationError as error:
+            findings.add(f"polygons {error}, skipped")
             continue
         if outer is not None and kind == "spline":
             findings.add("splines, drawn as Catmull-Rom curves")
@@ -58,16 +59,12 @@ def read_asap(root: Any, findings: Findings) -> list[Annotation]:
     return found
 
 
-def _points(annotation: Any) -> list[tuple[float, float]]:
-    numbered = [
-        (
-            float(point.get("Order", index)),
-            float(point.get("X", "nan")),
-            float(point.get("Y", "nan")),
-        )
-        for index, point in enumerate(e for e in annotation.iter() if name_of(e) == "Coordinate")
-    ]
-    return [(x, y) for _, x, y in sorted(numbered, key=lambda point: point[0])]
+def _points(annotation: Any) -> np.ndarray:
+    """float64 [n, 2], in the order that the points themselves name."""
+    points = [element for element in annotation.iter() if name_of(element) == "Coordinate"]
+    orders = ring_points((p.get("Order", index), 0) for index, p in enumerate(points))[:, 0]
+    found = ring_points((p.get("X"), p.get("Y")) for p in points)
+    return found[np.argsort(orders, kind="stable")]
 
 
 def _spline(points: np.ndarray) -> np.ndarray:

@@ -96,8 +96,11 @@ def _polygon(coordinates: Any, findings: Findings) -> BaseGeometry | None:
         return None
     try:
         outer, *holes = (ring(part) for part in coordinates)
-    except (AnnotationError, TypeError) as error:
-        findings.add(f"polygons skipped: {error}")
+    except AnnotationError as error:
+        findings.add(f"polygons {error}, skipped")
+        return None
+    except TypeError:
+        findings.add("objects without a geometry, skipped")
         return None
     if outer is None:
         findings.add("shapes without area, skipped")

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from fedjax_dp.data.annotations.classes import ClassTable
-from fedjax_dp.data.annotations.shapes import AnnotationError
+from fedjax_dp.data.annotations.shapes import AnnotationError, Findings
 from fedjax_dp.data.images import ImageError, read_mask
 from fedjax_dp.data.tiles import IGNORE_INDEX
 
@@ -46,6 +46,7 @@ class MaskLabels:
                 f"Expected labels 0 to {len(table.names) - 1} or {IGNORE_INDEX} (ignore), got "
                 f"{path} with {found}. Correct the class table or the mask."
             )
+        self.findings = Findings()  # a mask has nothing to tell
         self._mask = mask.astype(np.uint8)
         self._per_pixel = width / dimensions[0], height / dimensions[1]
 

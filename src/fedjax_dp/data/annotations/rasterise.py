@@ -1,11 +1,16 @@
 """Polygons on a grid of pixels, by the rule of the pixel's centre."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
 from shapely.geometry.base import BaseGeometry
+
+from fedjax_dp.data.tiles import IGNORE_INDEX
+
+_CROSSINGS = 2**22
+"""Of edges with rows, worked on together."""
 
 
 class Grid(NamedTuple):
@@ -58,16 +63,30 @@ def covered(geometry: BaseGeometry, grid: Grid) -> tuple[tuple[slice, slice], np
     begin, end = (np.clip(np.ceil(v), rows.start, rows.stop).astype(np.int64) for v in (y0, y1))
     is_crossing = end > begin
     x0, y0, x1, y1, begin, end = (v[is_crossing] for v in (x0, y0, x1, y1, begin, end))
-    # One entry for each row that an edge crosses.
-    counts = end - begin
-    edge = np.repeat(np.arange(len(counts)), counts)
-    row = begin[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
+    flips = np.zeros(height * (width + 1), np.int64)
     slope = (x1 - x0) / (y1 - y0)
-    column = np.ceil(x0[edge] + slope[edge] * (row - y0[edge]))
-    column = np.clip(column, columns.start, columns.stop).astype(np.int64) - columns.start
-    place = (row - rows.start) * (width + 1) + column
-    flips = np.bincount(place, minlength=height * (width + 1)).reshape(height, width + 1)
-    return (rows, columns), np.cumsum(flips, 1)[:, :width] % 2 == 1
+    for some in _portions(end - begin):
+        # One entry for each row that an edge crosses.
+        counts = (end - begin)[some]
+        edge = np.repeat(np.arange(some.start, some.stop), counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        row = begin[edge] + np.arange(len(edge)) - first
+        column = np.ceil(x0[edge] + slope[edge] * (row - y0[edge]))
+        column = np.clip(column, columns.start, columns.stop).astype(np.int64) - columns.start
+        flips += np.bincount((row - rows.start) * (width + 1) + column, minlength=len(flips))
+    inside = np.cumsum(flips.reshape(height, width + 1), 1)[:, :width] % 2 == 1
+    return (rows, columns), inside
+
+
+def _portions(counts: np.ndarray) -> Iterator[slice]:
+    """Edges that are worked on together: a comb of long ones would fill the memory."""
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _CROSSINGS, side="right")))
+        yield slice(start, stop)
+        start = stop
 
 
 def _meeting(low: float, high: float, start: float, scale: float, count: int) -> slice:
@@ -96,7 +115,8 @@ def rasterise(
         background: label where nothing is painted.
 
     Returns:
-        uint8 [height, width], and how many pixels were painted over with another label.
+        uint8 [height, width], and how many pixels of one label were painted over with another,
+        neither of them `IGNORE_INDEX`.
     """
     labels = np.full((grid.height, grid.width), background, np.uint8)
     painted = np.zeros(labels.shape, bool)
@@ -104,7 +124,8 @@ def rasterise(
     for geometry, label in geometries:
         box, inside = covered(geometry, grid)
         part, before = labels[box], painted[box]
-        overpainted += int((inside & before & (part != label)).sum())
+        claimed = inside & before & (part != label) & (part != IGNORE_INDEX)
+        overpainted += int(claimed.sum()) if label != IGNORE_INDEX else 0
         part[inside] = label
         before |= inside
     return labels, overpainted

@@ -2,11 +2,13 @@
 
 import gzip
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import shapely
+import shapely.errors
 from shapely.geometry.base import BaseGeometry
 
 from fedjax_dp.data.annotations.aperio import is_aperio, read_aperio
@@ -86,12 +88,14 @@ def open_labels(
         return _Shapes("no annotation", [], Findings(), table, unannotated)
     data = _bytes(path)
     if data.startswith(_PICTURES):
-        return _Mask(path, table, dimensions)
+        return MaskLabels(path, table, dimensions)
     findings = Findings()
     try:
         found = _shapes(data, findings)
     except AnnotationError as error:
         raise AnnotationError(f"The annotation {path} {error}.") from error
+    except shapely.errors.ShapelyError as error:
+        raise AnnotationError(f"Cannot make polygons of {path}: {error}. Redraw it.") from error
     found = _moved(found, offset, dimensions, path, findings)
     return _Shapes(str(path), found, findings, table, unannotated, unknown)
 
@@ -119,7 +123,7 @@ def _bytes(path: pathlib.Path) -> bytes:
         if data[:2] == b"\x1f\x8b":
             with gzip.open(path) as unpacked:
                 data = unpacked.read(MAX_BYTES + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise AnnotationError(f"Cannot read {path}: {error}.") from error
     if len(data) > MAX_BYTES:
         raise AnnotationError(f"Expected at most {MAX_BYTES:,} bytes, got {path} with more.")
@@ -166,20 +170,15 @@ def _moved(
             findings.add("shapes that reach beyond the slide")
         moved.append(Annotation(geometry, annotation.name, annotation.role))
     if outside > len(moved):
+        other = "file" if any(offset) else "bounds"
         raise AnnotationError(
             f"{outside:,} of {len(found):,} shapes of {path} lie outside the slide of "
-            f"{dimensions[0]:,} x {dimensions[1]:,} pixels. The tool may have counted from the "
-            "slide's bounds: try --origin=bounds, or look whether it is another slide's."
+            f"{dimensions[0]:,} x {dimensions[1]:,} pixels. The tool may count from elsewhere: try "
+            f"--origin={other}, or look whether it is another slide's."
         )
     if outside:
         findings.add("shapes outside the slide, skipped", outside)
     return moved
-
-
-class _Mask(MaskLabels):
-    """A mask image, which has nothing to tell."""
-
-    findings = Findings()
 
 
 class _Shapes:

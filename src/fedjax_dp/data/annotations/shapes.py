@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import shapely
@@ -54,15 +55,19 @@ class Findings:
         return tuple(f"{count:,} {what}" for what, count in self._counts.items() if count)
 
 
+_ROLE = re.compile(r"(ignore|region)\*?(:.*)?", re.IGNORECASE)
+
+
 def role_of(name: str) -> Role:
-    """QuPath's convention: classes Ignore* are left out, Region* are regions of interest."""
-    if name.casefold().startswith("ignore"):
-        return "ignore"
-    return "region" if name.casefold().startswith("region") else "class"
+    """QuPath's convention: the class Ignore* is left out, Region* is a region of interest."""
+    found = _ROLE.fullmatch(name.strip())
+    if found is None:
+        return "class"
+    return "ignore" if found[1].casefold() == "ignore" else "region"
 
 
-def ring(points: Iterable[Sequence[float]]) -> np.ndarray | None:
-    """float64 [n, 2] of a closed line, without its repeated end; None where it encloses nothing.
+def ring_points(points: Iterable[Sequence[Any]]) -> np.ndarray:
+    """float64 [n, 2] of points, given as numbers or as text.
 
     Raises:
         AnnotationError: coordinates that are no numbers, or no pixels of any slide.
@@ -70,12 +75,20 @@ def ring(points: Iterable[Sequence[float]]) -> np.ndarray | None:
     try:
         found = np.asarray([(float(point[0]), float(point[1])) for point in points], np.float64)
     except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise AnnotationError(f"a point that is no pair of numbers ({error})") from error
-    if len(found) == 0:
-        return None
+        raise AnnotationError("with points that are no pairs of numbers") from error
     if not (np.abs(found) < MAX_COORDINATE).all():  # also where it is not a number
-        raise AnnotationError("coordinates that are not finite, or beyond any slide")
-    if (found[0] == found[-1]).all():
+        raise AnnotationError("with points that are not finite, or beyond any slide")
+    return found.reshape(-1, 2)
+
+
+def ring(points: Iterable[Sequence[Any]]) -> np.ndarray | None:
+    """float64 [n, 2] of a closed line, without its repeated end; None where it encloses nothing.
+
+    Raises:
+        AnnotationError: as `ring_points`.
+    """
+    found = ring_points(points)
+    if len(found) and (found[0] == found[-1]).all():
         found = found[:-1]
     return found if len(found) >= 3 else None
 
@@ -87,10 +100,13 @@ def polygon(
 
     Lines that cross themselves are repaired by shapely's `make_valid`, and counted.
     """
-    made = shapely.Polygon(outer, holes)
-    if not made.is_valid:
+    made: BaseGeometry | None = shapely.Polygon(outer, holes)
+    if made is not None and not made.is_valid:
         findings.add("polygons that cross themselves, repaired")
-        made = surface(shapely.make_valid(made))
+        # Hole by hole: one that lies outside its polygon must not become a part of it.
+        whole = shapely.make_valid(shapely.Polygon(outer))
+        missing = shapely.union_all([shapely.make_valid(shapely.Polygon(hole)) for hole in holes])
+        made = surface(shapely.difference(whole, missing))
     if made is None or made.is_empty or made.area == 0:
         findings.add("shapes without area, skipped")
         return None

@@ -8,8 +8,6 @@ import defusedxml.ElementTree
 
 from fedjax_dp.data.annotations.shapes import AnnotationError
 
-_MAX_DEPTH = 64
-
 
 def parse_xml(data: bytes) -> Any:
     """The root element.
