@@ -88,6 +88,7 @@ def segment_slide() -> None:
     """What the flags say."""
     # jax starts here, after the devices are set up.
     from fedjax_dp.data.annotations.reading import read_polygons
+    from fedjax_dp.data.preparation import file_digest
     from fedjax_dp.data.slides import open_slide
     from fedjax_dp.data.tissue import everywhere, tissue_from_outlines, tissue_mask
     from fedjax_dp.inference.exports import Exports, export
@@ -104,12 +105,15 @@ def segment_slide() -> None:
     plan = WindowPlan(mpp=mpp, window=window, overlap=_OVERLAP.value, block=_BLOCK.value)
     output = pathlib.Path(_OUTPUT.value)
     with open_slide(_SLIDE.value, _SLIDE_MPP.value or None) as slide:
+        tissue_identity = _TISSUE.value
         if _TISSUE.value == "none":
             tissue = everywhere(slide)
         elif _TISSUE.value == "saturation":
             tissue = tissue_mask(slide)
         else:
-            tissue = tissue_from_outlines(slide, read_polygons(pathlib.Path(_TISSUE.value)))
+            outlines = pathlib.Path(_TISSUE.value)
+            tissue = tissue_from_outlines(slide, read_polygons(outlines))
+            tissue_identity = file_digest(outlines)  # the same path may hold another drawing
         with tqdm(unit="block", desc="segmenting", dynamic_ncols=True) as bar:
 
             def tell(done: int, total: int) -> None:
@@ -127,7 +131,7 @@ def segment_slide() -> None:
                     "model": run.digest,
                     "slide": list(slide.state),
                     "slide_mpp": list(slide.mpp),
-                    "tissue": _TISSUE.value,
+                    "tissue": tissue_identity,
                 },
                 tell=tell,
             )

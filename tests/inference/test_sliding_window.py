@@ -146,6 +146,22 @@ def test_a_torn_line_does_not_count(slide, tmp_path):
     assert [json.loads(line) for line in journal.read_bytes().splitlines()][-1]["block"] == 3
 
 
+def test_a_label_map_that_is_gone_is_an_error(slide, tmp_path):
+    """Its blocks count as done: without it the slide would come out as not analysed."""
+    run(slide, tmp_path / "w")
+    (tmp_path / "w" / "labels.raw").unlink()
+    with pytest.raises(ValueError, match=r"labels\.raw is gone"):
+        run(slide, tmp_path / "w")
+
+
+def test_a_torn_header_begins_anew(slide, tmp_path):
+    whole, _ = run(slide, tmp_path / "w")
+    journal = tmp_path / "w" / "blocks.jsonl"
+    journal.write_bytes(journal.read_bytes()[:30])
+    assert (run(slide, tmp_path / "w")[0] == whole).all()
+    assert len(journal.read_bytes().splitlines()) == 5
+
+
 def test_the_work_of_another_call_is_refused(slide, tmp_path):
     run(slide, tmp_path / "w")
     with pytest.raises(ValueError, match=r"overlap: 0\.25 there, 0\.5 now"):
@@ -203,6 +219,8 @@ def test_label_files(tmp_path):
     labels.write(7, 9, part)
     assert (labels.read(7, 9, 5, 10) == part).all()
     assert (labels.read(6, 0, 1, 40) == 255).all()
+    labels.write(8, 9, np.full((2, 10), 255, np.uint8))
+    assert (labels.read(8, 9, 2, 10) == 255).all()
     labels.write(20, 0, np.zeros((2, 40), np.uint8))
     assert (labels.read(20, 0, 2, 40) == 0).all()
     for wrong in ((25, 0, 10, 40), (0, -1, 3, 3), (0, 35, 3, 10)):

@@ -80,7 +80,8 @@ class LabelFile:
             self._put(stored.tobytes(), y * width)
             return
         for row in range(height):
-            if stored[row].any():  # holes stay holes
+            # Holes stay holes, and what is there is written over.
+            if stored[row].any() or (self.read(y + row, x, 1, width) != NOT_ANALYSED).any():
                 self._put(stored[row].tobytes(), (y + row) * self.width + x)
 
     def _put(self, data: bytes, offset: int) -> None:

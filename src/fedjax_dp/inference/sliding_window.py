@@ -139,7 +139,13 @@ def segment(
     header = json.loads(json.dumps(header))
     folder.mkdir(parents=True, exist_ok=True)
     with _Journal(folder / "blocks.jsonl", header) as journal:
-        labels = LabelFile(folder / "labels.raw", height, width)
+        path = folder / "labels.raw"
+        if journal.done and not path.exists():
+            raise ValueError(
+                f"{folder} says that {len(journal.done)} blocks are done, but {path.name} is gone. "
+                f"Delete {folder} to begin anew."
+            )
+        labels = LabelFile(path, height, width)
         corners = [
             (y, x) for y in range(0, height, plan.block) for x in range(0, width, plan.block)
         ]
@@ -281,7 +287,7 @@ class _Journal:
     def __init__(self, path: pathlib.Path, header: Mapping[str, Any]) -> None:
         self.done: dict[int, list[list[float]]] = {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        if lines and lines[0]:
+        if len(lines) > 1:  # a torn header never counted either
             self._check(path, json.loads(lines[0]), header)
             for line in lines[1:-1]:  # a torn last line never counted
                 entry = json.loads(line)
