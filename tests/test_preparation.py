@@ -200,6 +200,16 @@ def test_changed_files_are_prepared_anew(folder):
     assert reports[0].record.pixels[1] == 32 * 32
 
 
+def test_a_slide_that_breaks_later_leaves_nothing_behind(folder):
+    reports = prepare(folder, with_overview=True)
+    bad = reports[1].row.slide
+    bad.write_bytes(bad.read_bytes()[:9000])
+    assert prepare(folder)[1].error
+    store = folder / "store"
+    assert not [path for path in store.rglob("*") if reports[1].slide in path.name]
+    assert reports[1].slide not in (store / "private" / "sources.csv").read_text()
+
+
 def test_a_changed_table_needs_no_new_pixels(folder):
     prepare(folder)
     rows = [f"{PEOPLE[2]}-{n},east,{PEOPLE[0]} {n},train" for n in range(3)]

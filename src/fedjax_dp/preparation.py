@@ -5,7 +5,6 @@ file (paths, names of classes, errors) stays in the store's private folder and o
 """
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import pathlib
@@ -30,28 +29,10 @@ from fedjax_dp.data.store.pseudonyms import (
     write_private_table,
 )
 from fedjax_dp.data.store.reading import tile_rows
+from fedjax_dp.data.store.sources import read_sources, write_sources
 from fedjax_dp.data.store.writing import StoredTile, write_slide
 from fedjax_dp.data.tissue import TissueMask, everywhere, tissue_from_outlines, tissue_mask
 from fedjax_dp.reporting.slide_overview import save_overview
-
-_SOURCES = "sources.csv"
-_SOURCE_COLUMNS = (
-    "slide",
-    "name",
-    "path",
-    "size",
-    "modified_ns",
-    "digest",
-    "annotation",
-    "annotation_size",
-    "annotation_modified_ns",
-    "tissue",
-    "tissue_size",
-    "tissue_modified_ns",
-    "mpp",
-    "patient",
-    "patient_name",
-)
 
 
 class SlideJob(NamedTuple):
@@ -133,7 +114,7 @@ def prepare_store(
             )
             for row in rows
         ]
-        known = _read_sources(folder)
+        known = read_sources(folder)
         _drop(folder, {job.slide for job in jobs}, known, prune=prune)
         reports: dict[int, SlideReport] = {}
         for number, job in enumerate(jobs):
@@ -147,14 +128,13 @@ def prepare_store(
             number = waiting[outcome.number]
             job = jobs[number]
             if outcome.error:
-                known.pop(job.slide, None)
-                shutil.rmtree(folder / layout.SLIDES / job.slide, ignore_errors=True)
+                _remove(folder, job.slide, known)
                 reports[number] = SlideReport(job.row, job.slide, None, (), outcome.error)
             else:
                 record, findings, source = outcome.value
                 known[job.slide] = source
                 reports[number] = SlideReport(job.row, job.slide, record, findings)
-                _write_sources(folder, known)
+            write_sources(folder, known)
             tell(reports[number])
         _write_reports(folder, recipe, [reports[number] for number in range(len(jobs))])
     return tuple(reports[number] for number in range(len(jobs)))
@@ -286,19 +266,6 @@ def _file_facts(row: SlideRow) -> dict[str, str]:
     }
 
 
-def _read_sources(folder: pathlib.Path) -> dict[str, dict[str, str]]:
-    path = private_folder(folder) / _SOURCES
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["slide"]: row for row in csv.DictReader(file)}
-
-
-def _write_sources(folder: pathlib.Path, known: dict[str, dict[str, str]]) -> None:
-    rows = [[known[slide].get(c, "") for c in _SOURCE_COLUMNS] for slide in sorted(known)]
-    write_private_table(private_folder(folder) / _SOURCES, _SOURCE_COLUMNS, rows)
-
-
 def _write_reports(folder: pathlib.Path, recipe: Recipe, reports: Sequence[SlideReport]) -> None:
     """index.csv and report.csv in numbers and pseudonyms; the texts into the private folder."""
     records = sorted((r.record for r in reports if r.record is not None), key=lambda r: r.slide)
@@ -344,10 +311,15 @@ def _drop(
             "training would use them. List them, or pass --prune to delete them from the store."
         )
     for slide in gone:
-        shutil.rmtree(folder / layout.SLIDES / slide)
-        (folder / layout.OVERVIEW / f"{slide}.png").unlink(missing_ok=True)
-        known.pop(slide, None)
-    _write_sources(folder, known)
+        _remove(folder, slide, known)
+    write_sources(folder, known)
+
+
+def _remove(folder: pathlib.Path, slide: str, known: dict[str, dict[str, str]]) -> None:
+    """Takes a slide out of the store, its picture too."""
+    shutil.rmtree(folder / layout.SLIDES / slide, ignore_errors=True)
+    (folder / layout.OVERVIEW / f"{slide}.png").unlink(missing_ok=True)
+    known.pop(slide, None)
 
 
 def _sweep(folder: pathlib.Path) -> None:

@@ -1,6 +1,5 @@
 """A federation from a tile store: sites, patients and splits as it was prepared, pixels on disk."""
 
-import csv
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from fedjax_dp.data.splits import EXTERNAL, TEST, TRAIN, VALIDATION
 from fedjax_dp.data.store import layout
 from fedjax_dp.data.store.layout import SlideRecord, StoreError
 from fedjax_dp.data.store.reading import stored_pixels
+from fedjax_dp.data.store.sources import read_sources
 from fedjax_dp.data.tiles import UNKNOWN_PATIENT, TileTable, blank_tiles
 from fedjax_dp.data.tissue import is_local
 
@@ -161,12 +161,12 @@ def _sources(path: pathlib.Path, records: Sequence[SlideRecord]) -> tuple[source
 
     Without it, the tiles: then other tiles of the same slides count as other data.
     """
-    digests = {}
-    table = path / layout.PRIVATE / "sources.csv"
-    if table.exists():
-        with table.open(encoding="utf-8", newline="") as file:
-            digests = {row["slide"]: row["digest"] for row in csv.DictReader(file)}
+    known = read_sources(path) if (path / layout.PRIVATE).is_dir() else {}
     return sources.from_images(
-        (record.site, record.patient, bytes.fromhex(digests.get(record.slide, record.content)))
+        (
+            record.site,
+            record.patient,
+            bytes.fromhex(known.get(record.slide, {}).get("digest", record.content)),
+        )
         for record in records
     )

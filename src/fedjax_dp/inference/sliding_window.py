@@ -9,7 +9,6 @@ done before a program was stopped.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fedjax_dp.data.slides import Slide
+from fedjax_dp.inference.journal import Journal
 from fedjax_dp.inference.label_file import NOT_ANALYSED, LabelFile
 
 FIELD = 512
@@ -138,7 +138,7 @@ def segment(
     header = {**dataclasses.asdict(plan), **identity, "width": width, "height": height}
     header = json.loads(json.dumps(header))
     folder.mkdir(parents=True, exist_ok=True)
-    with _Journal(folder / "blocks.jsonl", header) as journal:
+    with Journal(folder / "blocks.jsonl", header) as journal:
         path = folder / "labels.raw"
         if journal.done and not path.exists():
             raise ValueError(
@@ -157,7 +157,7 @@ def segment(
                     labels.write(y, x, found)
                     labels.sync()
                     slide.check_unchanged()
-                journal.add(number, fields)
+                journal.add(number, [list(field) for field in fields])
             tell(number + 1, len(corners))
         return labels, [Field(*f) for number in sorted(journal.done) for f in journal.done[number]]
 
@@ -279,51 +279,3 @@ def _fields(
                 )
             )
     return found
-
-
-class _Journal:
-    """Which blocks are done: a header line, and a line for each."""
-
-    def __init__(self, path: pathlib.Path, header: Mapping[str, Any]) -> None:
-        self.done: dict[int, list[list[float]]] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        if len(lines) > 1:  # a torn header never counted either
-            self._check(path, json.loads(lines[0]), header)
-            for line in lines[1:-1]:  # a torn last line never counted
-                entry = json.loads(line)
-                self.done[entry["block"]] = entry["fields"]
-        whole = b"".join(line + b"\n" for line in lines[:-1])
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(len(whole))
-        self._file.seek(len(whole))
-        if not whole:
-            self._line(header)
-
-    def add(self, number: int, fields: list[Field]) -> None:
-        """Counts a block as done, durably."""
-        self.done[number] = [list(field) for field in fields]
-        self._line({"block": number, "fields": self.done[number]})
-
-    def _line(self, value: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(value).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    @staticmethod
-    def _check(path: pathlib.Path, there: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-        unlike = [
-            f"{name}: {there.get(name)!r} there, {mine.get(name)!r} now"
-            for name in sorted({*there, *mine})
-            if there.get(name) != mine.get(name)
-        ]
-        if unlike:
-            raise ValueError(
-                f"{path.parent} holds the work of another call ({'; '.join(unlike)}). Give the "
-                "same settings to go on with it, or another --output."
-            )
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedjax_dp.data.annotations.classes import ClassTable
+from fedjax_dp.data.annotations.classes import ClassTable, table_text
 from fedjax_dp.data.annotations.reading import open_labels, read_polygons
 from fedjax_dp.data.annotations.shapes import AnnotationError
 
@@ -447,7 +447,7 @@ def test_tables_of_classes(tmp_path):
     assert TABLE.label("nothing") is None
     path = tmp_path / "classes.txt"
     path.write_text("background\ntumour = Tumor, Carcinoma\nstroma\nignore = Artefact\n")
-    assert ClassTable.from_argument(str(path)) == TABLE
+    assert ClassTable.from_text(table_text(str(path))) == TABLE
     for text in ("", "background", "a; b; b", "a; b = x; c = X"):
         with pytest.raises(AnnotationError, match="Expected"):
             ClassTable.from_text(text)

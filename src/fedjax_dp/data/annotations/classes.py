@@ -57,11 +57,6 @@ class ClassTable:
             )
         return cls(tuple(names), others)
 
-    @classmethod
-    def from_argument(cls, argument: str) -> "ClassTable":
-        """Of a file with the table, or of the table itself."""
-        return cls.from_text(table_text(argument))
-
     def label(self, name: str) -> int | None:
         """The label of a class as a file names it; None where the table does not know it.
 
