@@ -25,7 +25,7 @@ from fedjax_dp.reporting.log import write_json, write_text
 from fedjax_dp.reporting.officer import statement_page
 from fedjax_dp.reporting.progress import busy
 from fedjax_dp.reporting.summary import ComparisonRow, epsilon_text
-from fedjax_dp.segmentation.metrics import summarise
+from fedjax_dp.segmentation.metrics import ImageCounts, image_counts, summarise
 from fedjax_dp.workdir import versions
 
 _MOST_NAMES = 8
@@ -116,10 +116,7 @@ def finish(
 ) -> dict[str, Any]:
     """Evaluates on test and external tiles, draws, states and sums up; returns the summary."""
     with busy("Evaluating on test and external tiles", show=progress):
-        scores = {
-            split: _scores(evaluator, params, getattr(federation, split), federation.class_names)
-            for split in ("test", "external")
-        }
+        scores = _scores(folder, evaluator, params, federation)
     with busy("Drawing, and stating what is protected", show=progress):
         draw_overlays(folder, federation, evaluator, params)
         draw_curves(folder, lines)
@@ -265,12 +262,48 @@ def showcase(table: TileTable, per_site: int = 2, max_sites: int = 8) -> dict[st
 _SPLITS = ("train", "validation", "test", "external")
 
 
+_EVALUATED = ("test", "external")
+
+_COUNTS_NAME = "image_counts.npz"
+
+
 def _scores(
-    evaluator: Evaluator, params: Any, table: TileTable, class_names: Sequence[str]
-) -> dict[str, Any] | None:
-    if not len(table):
-        return None
-    return summarise(evaluator.confusions(params, table), table, class_names)
+    folder: pathlib.Path, evaluator: Evaluator, params: Any, federation: Federation
+) -> dict[str, Any]:
+    """The summary of each split, None of an empty one; each image's counts go to a file."""
+    summaries: dict[str, Any] = dict.fromkeys(_EVALUATED)
+    arrays: dict[str, np.ndarray] = {}
+    for split in _EVALUATED:
+        table: TileTable = getattr(federation, split)
+        if not len(table):
+            continue
+        confusions = evaluator.confusions(params, table)
+        summaries[split] = summarise(confusions, table, federation.class_names)
+        counts = image_counts(confusions, table)
+        arrays |= {f"{split}_{name}": np.asarray(getattr(counts, name)) for name in counts._fields}
+    partial = folder / f"partial_{_COUNTS_NAME}"
+    np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+    partial.replace(folder / _COUNTS_NAME)
+    return summaries
+
+
+def load_image_counts(folder: pathlib.Path, split: str) -> ImageCounts | None:
+    """The counts of each image of a finished run; None where the split was empty.
+
+    Raises:
+        ValueError: the run was finished by a version that kept none.
+    """
+    try:
+        with np.load(folder / _COUNTS_NAME, allow_pickle=False) as arrays:
+            if f"{split}_site" not in arrays:
+                return None
+            found = {name: arrays[f"{split}_{name}"] for name in ImageCounts._fields}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected {_COUNTS_NAME} of a finished run in {folder}, got {error!r}. Run it again: "
+            "an older version kept no counts of single images."
+        ) from error
+    return ImageCounts(**found | {"sites": tuple(map(str, found["sites"]))})
 
 
 def _privacy(config: Config, sites: Sites, stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The U-Net (Ronneberger et al. 2015) with group normalisation, and the pure function of it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fedjax_dp.models import kinks
 from fedjax_dp.models.layers import (
     ComputeDtype,
     Conv,
@@ -35,6 +37,7 @@ class UNet(nn.Module):
         conv_variant: see `layers.ConvVariant`.
         compute_dtype: see `layers.ComputeDtype`. The head is float32 in any case: the gradient of
             its bias is a sum over all pixels, and the loss sees differences of logits.
+        kink_width: see `kinks`; 0 = plain layers.
     """
 
     num_classes: int
@@ -44,6 +47,7 @@ class UNet(nn.Module):
     standardize: bool = False
     conv_variant: ConvVariant = "xla"
     compute_dtype: ComputeDtype = "float32"
+    kink_width: float = 0.0
 
     @nn.compact
     def __call__(self, images: Float[Array, "N H W 3"]) -> Float[Array, "N H W K"]:
@@ -63,16 +67,21 @@ class UNet(nn.Module):
                     variant=self.conv_variant,
                     dtype=dtype,
                 )(x)
-                x = nn.relu(GroupNorm(self.num_groups)(x))
+                x = relu(GroupNorm(self.num_groups)(x))
             return x
 
+        relu: Callable[[Array], Array] = nn.relu
+        pool: Callable[[Array], Array] = max_pool_2x2
+        if self.kink_width:
+            relu = functools.partial(kinks.relu, self.kink_width)
+            pool = functools.partial(kinks.max_pool_2x2, self.kink_width)
         dtype = jnp.dtype(self.compute_dtype)
         x = 2.0 * images - 1.0
         skips = []
         for level in range(self.depth):
             x = double_conv(x, self.base_channels * 2**level)
             skips.append(x)
-            x = max_pool_2x2(x)
+            x = pool(x)
         x = double_conv(x, self.base_channels * 2**self.depth)
         for level in reversed(range(self.depth)):
             features = self.base_channels * 2**level
@@ -92,6 +101,7 @@ def unet(
     standardize: bool = False,
     conv_variant: ConvVariant = "xla",
     compute_dtype: ComputeDtype = "float32",
+    kink_width: float = 0.0,
 ) -> tuple[Callable[[PRNGKey], Params], ApplyFn]:
     """The U-Net as a pair of pure functions.
 
@@ -103,6 +113,8 @@ def unet(
         standardize: weight-standardised convolutions.
         conv_variant: how convolutions compute their weight gradients.
         compute_dtype: what convolutions multiply in; "bfloat16" is for GPU and TPU.
+        kink_width: for attacks: of the smooth step that stands for a kink in second derivatives,
+            see `kinks`; 0 = none, values and first derivatives are the same.
 
     Returns:
         `init(key) -> params` and `apply(params, images [N, H, W, 3] in [0, 1], key) -> logits
@@ -120,7 +132,14 @@ def unet(
     if compute_dtype not in get_args(ComputeDtype):
         raise ValueError(f"Expected {compute_dtype=} in {get_args(ComputeDtype)}.")
     module = UNet(
-        num_classes, base_channels, depth, num_groups, standardize, conv_variant, compute_dtype
+        num_classes,
+        base_channels,
+        depth,
+        num_groups,
+        standardize,
+        conv_variant,
+        compute_dtype,
+        kink_width,
     )
 
     def init(key: PRNGKey) -> Params:

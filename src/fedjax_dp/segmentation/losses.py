@@ -47,6 +47,34 @@ def soft_dice_cross_entropy(
         Milletari et al., "V-Net", 2016, for the soft Dice; Isensee et al., "nnU-Net", 2021, for
         its sum with cross-entropy.
     """
+    # One-hot truth; 255 and labels outside the table match no class, so their row is zero.
+    truth = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+    return soft_dice_cross_entropy_of_truth(
+        logits, truth.astype(jnp.float32), dice_weight=dice_weight, smoothing=smoothing
+    )
+
+
+def soft_dice_cross_entropy_of_truth(
+    logits: Float[Array, "H W K"],
+    truth: Float32[Array, "H W K"],
+    *,
+    dice_weight: float = 1.0,
+    smoothing: float = 0.01,
+) -> Float32[Array, ""]:
+    """`soft_dice_cross_entropy` of a truth given as probabilities, which can be differentiated.
+
+    Args:
+        logits: as there.
+        truth: probabilities of the classes; a pixel whose are all zero is ignored.
+        dice_weight: as there.
+        smoothing: as there.
+
+    Returns:
+        As there; with a one-hot truth the same.
+
+    Raises:
+        ValueError: as there.
+    """
     num_classes = logits.shape[-1]
     if not 2 <= num_classes <= IGNORE_INDEX:
         raise ValueError(
@@ -58,12 +86,10 @@ def soft_dice_cross_entropy(
             f"Expected dice_weight >= 0 and smoothing > 0, got {dice_weight=} and {smoothing=}. "
             "Without smoothing a tile without foreground has no defined Dice."
         )
-    is_valid = labels < num_classes
+    is_valid = truth.sum(-1) > 0
     # Replacing the logits, not only their loss, keeps a non-finite score of an ignored pixel out
     # of the backward pass, where 0 x inf would be NaN.
     scores = jnp.where(is_valid[..., None], logits.astype(jnp.float32), 0.0)
-    # One-hot truth; 255 and labels outside the table match no class, so their row is zero.
-    truth = (labels[..., None] == jnp.arange(num_classes, dtype=labels.dtype)).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(scores, axis=-1)
     per_pixel = 1.0 / jnp.maximum(is_valid.sum(dtype=jnp.float32), 1.0)
 

@@ -102,6 +102,33 @@ def dhunet_scores(confusion: np.ndarray) -> Scores:
         )
 
 
+class ImageCounts(NamedTuple):
+    """Counts of I images, and whose they are: all that an interval needs, and no pixel.
+
+    Attributes:
+        confusions: int64 [I, K, K], rows truth.
+        site: int32 [I], index into `sites`.
+        patient: int32 [I], alike for images of one patient; -1 where unknown.
+        sites: names.
+    """
+
+    confusions: np.ndarray
+    site: np.ndarray
+    patient: np.ndarray
+    sites: tuple[str, ...]
+
+
+def image_counts(confusions: np.ndarray, table: TileTable) -> ImageCounts:
+    """Counts [N, K, K] of the table's tiles, added up within each image."""
+    merged, first = _merge(np.asarray(confusions, np.int64), table.slide)
+    return ImageCounts(merged, table.site[first], table.patient[first], table.sites)
+
+
+def image_scores(counts: ImageCounts) -> np.ndarray:
+    """Foreground Dice, Jaccard and pixel accuracy of each image, float64 [I, 3]; NaN if nothing."""
+    return _headline(counts.confusions, strict_scores(counts.confusions))
+
+
 def summarise(
     confusions: np.ndarray, table: TileTable, class_names: Sequence[str]
 ) -> dict[str, Any] | None:

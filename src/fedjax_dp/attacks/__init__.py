@@ -1,0 +1,1 @@
+"""What an honest-but-curious server can rebuild from the messages it receives."""
