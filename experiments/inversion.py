@@ -36,7 +36,9 @@ _SPLIT = flags.DEFINE_enum(
 _TILE_SIZE = flags.DEFINE_integer(
     "tile_size", 32, "Side of the attacked tile, cut from the middle.", allow_override=True
 )
-_VICTIMS = flags.DEFINE_integer("victims", 4, "Messages that are inverted, of each setting.")
+_VICTIMS = flags.DEFINE_integer(
+    "victims", 4, "Tiles that are rebuilt; a batch fills up with others."
+)
 _CANDIDATES = flags.DEFINE_integer("candidates", 64, "Tiles among which the victim is looked for.")
 _BATCHES = flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Tiles of an unprotected message.")
 _NOISE = flags.DEFINE_list(
@@ -48,9 +50,9 @@ _CLIP = flags.DEFINE_float("l2_clip_norm", 0.5, "Of a tile's gradient.", allow_o
 _UPDATE_CLIP = flags.DEFINE_float("update_clip_norm", 0.01, "Of a model update.")
 _LOCAL_STEPS = flags.DEFINE_integer("local_steps", 4, "Of the message that is a model update.")
 _LOCAL_RATE = flags.DEFINE_float("local_learning_rate", 0.01, "Of its gradient descent.")
-_STEPS = flags.DEFINE_integer("steps", 2000, "Of the attack's optimiser.", allow_override=True)
+_STEPS = flags.DEFINE_integer("steps", 1500, "Of the attack's optimiser.", allow_override=True)
 _BATCH_STEPS = flags.DEFINE_integer(
-    "batch_steps", 1000, "The same for messages of more than one tile or local step."
+    "batch_steps", 750, "The same for messages of more than one tile or local step."
 )
 _RESTARTS = flags.DEFINE_integer("restarts", 1, "Starts of every victim.")
 _MASK = flags.DEFINE_enum("mask", "known", ["known", "joint"], "Whether the attacker has the mask.")

@@ -13,7 +13,7 @@ from fedjax_dp.reporting.summary import epsilon_text
 _HEADER = (
     "what is sent", "noise", "epsilon of it", "PSNR", "mean tile's", "random tile's", "SSIM",
     "mean tile's", "looks like the target (95 %)", "named from the message (95 %)", "at most",
-    "s a victim",
+    "s a message",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             _rate(row["identified_by_resemblance"]),
             _rate(naming),
             f"{naming['bound']:.2f}",
-            f"{row['seconds_per_victim']:.0f}",
+            f"{row['seconds_per_message']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -47,8 +47,8 @@ class Options:
     update_clip_norm: float = 0.01
     local_steps: int = 4
     local_learning_rate: float = 0.01
-    steps: int = 2000
-    batch_steps: int = 1000
+    steps: int = 1500
+    batch_steps: int = 750
     restarts: int = 1
     mask: str = "known"
     delta: float = 1e-5
@@ -77,12 +77,14 @@ class Tiles(NamedTuple):
         images: float32 [N, H, W, 3] in [0, 1], the candidates.
         labels: uint8 [N, H, W].
         classes: K.
+        is_public: whether they are nobody's tissue.
     """
 
     site: str
     images: np.ndarray
     labels: np.ndarray
     classes: int
+    is_public: bool
 
 
 class Target(NamedTuple):
@@ -134,7 +136,7 @@ def sweep(
 
     Returns:
         The report, as in `inversion.json`, and the pictures: "original" uint8 [V, H, W, 3] and one
-        of "checkpoint/setting" each, the first tile of each message.
+        of "checkpoint/setting" each.
 
     Raises:
         ValueError: an option does not fit the data, or a checkpoint is none.
@@ -148,14 +150,13 @@ def sweep(
         "options": dataclasses.asdict(options),
         "site": tiles.site,
         "split": options.split,
+        "is_public": tiles.is_public,
         "tile_size": options.tile_size,
-        "candidates": len(tiles.images),
         "threat": "honest-but-curious server that knows parameters, learning rate, clip norm, the "
         "number of tiles" + (" and the masks" if options.mask == "known" else ""),
         "checkpoints": {},
     }
-    original = _victims(options, 1)[:, 0]
-    pictures = {"original": np.round(tiles.images[original] * 255).astype(np.uint8)}
+    pictures = {"original": np.round(tiles.images[: options.victims] * 255).astype(np.uint8)}
     for target in targets:
         rows = []
         for setting in settings(options):
@@ -192,7 +193,7 @@ def choose_tiles(config: Config, options: Options) -> Tiles:
     usable = np.flatnonzero(is_full)
     largest = max(options.batch_sizes, default=1)
     # Tiles that are in no victim's message are the prior, and fill the batches of candidates.
-    count = max(options.candidates + largest - 1, 2 * options.victims * largest)
+    count = max(options.candidates + largest - 1, 2 * _messages(options.victims, largest).size)
     if len(usable) < count:
         raise ValueError(
             f"Expected at least {count} {options.split} tiles with tissue of {site}, got "
@@ -200,7 +201,14 @@ def choose_tiles(config: Config, options: Options) -> Tiles:
             "--split or --site."
         )
     order = np.random.default_rng(options.seed).permutation(usable)
-    return Tiles(site, images[order[:count]], labels[order[:count]], len(federation.class_names))
+    chosen = order[:count]
+    return Tiles(
+        site,
+        images[chosen],
+        labels[chosen],
+        len(federation.class_names),
+        federation.is_public,
+    )
 
 
 def load_target(name: str, config: Config, classes: int, options: Options) -> Target:
@@ -236,11 +244,10 @@ def _attack(options: Options, steps: int) -> Attack:
     return Attack(steps=steps, restarts=options.restarts, mask=options.mask)  # type: ignore[arg-type]
 
 
-def _victims(options: Options, count: int) -> np.ndarray:
-    """Candidates in each victim's message, int [V, B]; the first is the same in every setting."""
-    victims = options.victims
-    others = np.arange(victims, victims * count).reshape(victims, count - 1)
-    return np.concatenate([np.arange(victims)[:, None], others], 1)
+def _messages(victims: int, count: int) -> np.ndarray:
+    """Tiles of each attacked message, int [messages, B]: all victims, and what fills the last."""
+    messages = -(-victims // count)
+    return np.arange(messages * count).reshape(messages, count)
 
 
 def _attacked(
@@ -273,7 +280,7 @@ def attack_setting(
     sent, count = setting.sent, setting.tiles
     title = f"{target.name}, {setting.name}"
     truth = np.asarray(one_hot(jnp.asarray(tiles.labels), tiles.classes))
-    chosen = _victims(options, count)
+    chosen = _messages(options.victims, count)
     send = jax.jit(sent_message(unit_loss(target.apply), sent))
     alone = jax.jit(simulated(unit_loss(target.apply), sent))
     key = jax.random.fold_in(jax.random.key(options.seed), 1)
@@ -305,13 +312,18 @@ def attack_setting(
         "l2_clip_norm": sent.l2_clip_norm if math.isfinite(sent.l2_clip_norm) else None,
         "noise_multiplier": sent.noise_multiplier,
         "objective": found.objective.tolist(),
-        "seconds_per_victim": found.seconds / len(chosen),
+        "seconds_per_message": found.seconds / len(chosen),
         "seconds_with_compilation": time.perf_counter() - start,
         "attack": dataclasses.asdict(attack),
     }
     row |= _reconstruction(found, tiles, chosen, prior, options)
     row["identification"] = _identification(target, setting, tiles, truth, options, send, alone)
-    return row, np.round(found.images[:, 0] * 255).astype(np.uint8)
+    rebuilt = [
+        images[scores.pairing(images, tiles.images[some])]
+        for images, some in zip(found.images, chosen, strict=True)
+    ]
+    drawn = np.concatenate(rebuilt)[: options.victims]
+    return row, np.round(drawn * 255).astype(np.uint8)
 
 
 def _reconstruction(

@@ -21,6 +21,7 @@ LAYERS = (
     ("segmentation",),
     ("privacy",),
     ("federated",),
+    ("attacks",),
     ("reporting",),
 )
 """A file imports from its own layer and those before it; a module that is named nowhere here
@@ -55,6 +56,7 @@ HOST_ONLY = (
     "composition",
     "across_runs",
     "audit",
+    "reconstruction",
 )
 """Files of `privacy/` that run before, or without, a device."""
 
@@ -80,6 +82,7 @@ PRIVACY_MAY_IMPORT = {
     "register": {"journal", "run_records"},
     "composition": {"accounting", "events"},
     "across_runs": {"composition", "mechanism", "run_records"},
+    "reconstruction": {"accounting", "events"},
 }
 """Which files of `privacy/` may know which others; all the rest stand alone."""
 

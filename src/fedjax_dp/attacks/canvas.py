@@ -51,7 +51,7 @@ def pixels(size: int, mean_colour: np.ndarray, *, spread: float = 0.05) -> Canva
 
 
 def tissue(
-    size: int, mean_colour: np.ndarray, *, spread: float = 0.05, residual: float = 0.3
+    size: int, mean_colour: np.ndarray, *, spread: float = 0.02, residual: float = 0.3
 ) -> Canvas:
     """Amounts of haematoxylin, eosin and a third stain, by spatial frequency.
 

@@ -22,6 +22,11 @@ from fedjax_dp.typing import Params, PRNGKey
 
 Distance = Literal["squared", "cosine"]
 
+_LEAST_SQUARE = 1e-20
+
+_MASK_SPEED = 5.0
+"""How much faster than a canvas's variables a mask's logits move: they have further to go."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
@@ -44,10 +49,10 @@ class Attack:
 
     distance: Distance = "cosine"
     canvas: Literal["pixels", "tissue"] = "tissue"
-    total_variation: float = 0.01
+    total_variation: float = 0.05
     signed: bool = False
-    learning_rate: float = 0.05
-    steps: int = 2000
+    learning_rate: float = 0.02
+    steps: int = 1500
     restarts: int = 1
     mask: Literal["known", "joint"] = "known"
     kink_width: float = 0.15
@@ -102,13 +107,13 @@ class Found(NamedTuple):
 def message_distance(kind: Distance, simulated: Params, observed: Params) -> Float[Array, ""]:
     """How far two messages are apart; 0 where they are equal. Finite for messages of zero."""
     pairs = list(zip(jax.tree.leaves(simulated), jax.tree.leaves(observed), strict=True))
-    tiny = jnp.finfo(jnp.float32).tiny
-    norm = sum(jnp.vdot(b, b) for _, b in pairs)
+    # Far below any message, and far above where a square root or a quotient leaves float32.
+    norm = jnp.maximum(sum(jnp.vdot(b, b) for _, b in pairs), _LEAST_SQUARE)
     if kind == "squared":
-        return sum(jnp.sum(jnp.square(a - b)) for a, b in pairs) / jnp.maximum(norm, tiny)
-    ours = sum(jnp.vdot(a, a) for a, _ in pairs)
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in pairs) / norm
+    ours = jnp.maximum(sum(jnp.vdot(a, a) for a, _ in pairs), _LEAST_SQUARE)
     product = sum(jnp.vdot(a, b) for a, b in pairs)
-    return 1.0 - product * jax.lax.rsqrt(jnp.maximum(ours, 1e-30) * jnp.maximum(norm, 1e-30))
+    return 1.0 - product * (jax.lax.rsqrt(ours) * jax.lax.rsqrt(norm))
 
 
 def total_variation(image: Float[Array, "H W 3"]) -> Float[Array, ""]:
@@ -153,7 +158,9 @@ def invert(
 
     def painted(variables: Any, truth: Any) -> Any:
         drawn, mask = variables
-        return jax.vmap(canvas.paint)(drawn), jax.nn.softmax(mask) if is_joint else truth
+        return jax.vmap(canvas.paint)(drawn), jax.nn.softmax(
+            _MASK_SPEED * mask
+        ) if is_joint else truth
 
     def objective(variables: Any, truth: Any, observed: Params, params: Params) -> Any:
         images, mask = painted(variables, truth)
