@@ -30,6 +30,9 @@ from fedjax_dp.reporting.progress import busy
 _LEAST_CONTRAST = 0.04
 """Standard deviation of a tile's pixels below which it is taken for empty, and not attacked."""
 
+_SMALLEST = 11
+"""Side of the window of the structural similarity."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -179,9 +182,9 @@ def choose_tiles(config: Config, options: Options) -> Tiles:
             f"{site!r}."
         )
     side = table.images.shape[1]
-    if not 0 < options.tile_size <= side or options.tile_size % 2**config.model.depth:
+    if not _SMALLEST <= options.tile_size <= side or options.tile_size % 2**config.model.depth:
         raise ValueError(
-            f"Expected --tile_size at most {side} and a multiple of 2**model.depth = "
+            f"Expected --tile_size from {_SMALLEST} to {side} and a multiple of 2**model.depth = "
             f"{2**config.model.depth}, got {options.tile_size}."
         )
     begin = (side - options.tile_size) // 2

@@ -18,7 +18,7 @@ CONFIG = Config(
 OPTIONS = Options(
     site="alder",
     split="train",
-    tile_size=8,
+    tile_size=16,
     victims=1,
     candidates=2,
     batch_sizes=(1,),
@@ -42,7 +42,7 @@ def test_every_setting_has_scores_priors_and_a_bound(swept):
     for row in rows:
         assert set(row["priors"]) == {"mean_tile", "random_tile"}
         assert row["identification"]["trials"] == 2
-        assert pictures[f"fresh/{row['setting']}"].shape == (1, 8, 8, 3)
+        assert pictures[f"fresh/{row['setting']}"].shape == (1, 16, 16, 3)
     # Without noise the right candidate explains the message exactly.
     assert [row["identification"]["top1"] for row in rows[:2]] == [1.0, 1.0]
     assert rows[0]["identification"]["epsilon"] is None
@@ -92,7 +92,7 @@ def test_settings_go_from_nothing_to_much_protection():
     ("change", "message"),
     [
         ({"site": "oak"}, "--site among"),
-        ({"tile_size": 7}, "--tile_size"),
+        ({"tile_size": 8}, "--tile_size"),
         ({"tile_size": 64}, "--tile_size"),
         ({"candidates": 500}, "Lower --candidates"),
     ],
