@@ -94,7 +94,7 @@ class Target(NamedTuple):
     """A network under attack.
 
     Attributes:
-        name: "fresh", or of the run.
+        name: "fresh", or the last two folders of the run.
         params: its parameters.
         apply: as the client computes.
         kinked: as the attacker does, with smooth kinks in second derivatives.
@@ -149,6 +149,9 @@ def sweep(
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     tiles = choose_tiles(config, options)
     targets = [load_target(name, config, tiles.classes, options) for name in options.checkpoints]
+    called = [target.name for target in targets]
+    if len(set(called)) < len(called) or not called:
+        raise ValueError(f"Expected --checkpoints of different names, at least one, got {called}.")
     report: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         "site": tiles.site,
@@ -238,7 +241,7 @@ def load_target(name: str, config: Config, classes: int, options: Options) -> Ta
         b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(params)),
         digest_size=8,
     )
-    label = "fresh" if run is None else pathlib.Path(name).name
+    label = "fresh" if run is None else "-".join(pathlib.Path(name).parts[-2:])
     return Target(label, params, apply, network(_attack(options, 1).kink_width)[1],
                   digest.hexdigest())  # fmt: skip
 
