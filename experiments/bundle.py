@@ -23,7 +23,10 @@ from fedjax_dp.results import finished
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of the finished run; required.", allow_override=True)
 _OUTPUT = flags.DEFINE_string("output", "", "Folder to write; required.", allow_override=True)
 _NOT_PRIVATE = flags.DEFINE_boolean(
-    "allow_not_private", False, "Whether to bundle a run that protects nobody; its card says so."
+    "allow_not_private",
+    False,
+    "Whether to bundle a run that protects nobody; its card says so.",
+    allow_override=True,
 )
 
 

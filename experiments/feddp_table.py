@@ -24,28 +24,41 @@ from fedjax_dp.processor import use_huge_pages
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/table", "Folder of the runs and the table.", allow_override=True
 )
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of the runs of every row.")
-_EPSILONS = flags.DEFINE_list("epsilons", ["8", "3"], "Of the private rows, each site's.")
-_ROWS = flags.DEFINE_string("rows", "", "Comma-separated rows to train; empty = all.")
+_SEEDS = flags.DEFINE_list(
+    "seeds", ["0", "1", "2"], "Of the runs of every row.", allow_override=True
+)
+_EPSILONS = flags.DEFINE_list(
+    "epsilons", ["8", "3"], "Of the private rows, each site's.", allow_override=True
+)
+_ROWS = flags.DEFINE_string(
+    "rows", "", "Comma-separated rows to train; empty = all.", allow_override=True
+)
 _TILES = flags.DEFINE_float(
-    "tiles_per_round", 192.0, "Tiles of all sites together that a round visits, on average."
+    "tiles_per_round",
+    192.0,
+    "Tiles of all sites together that a round visits, on average.",
+    allow_override=True,
 )
 _STEPS = flags.DEFINE_integer(
-    "fedavg_steps", 4, "Local steps of FedAvg, alone and update; their tiles are shared out."
+    "fedavg_steps",
+    4,
+    "Local steps of FedAvg, alone and update; their tiles are shared out.",
+    allow_override=True,
 )
-_LOCAL_RATE = flags.DEFINE_float("fedavg_learning_rate", 1e-3, "Of their Adam.")
+_LOCAL_RATE = flags.DEFINE_float(
+    "fedavg_learning_rate", 1e-3, "Of their Adam.", allow_override=True
+)
 _UPDATE_CLIP = flags.DEFINE_float(
     "update_clip_norm", 3e-4, "Of a model update.", allow_override=True
 )
-_RESAMPLES = flags.DEFINE_integer("resamples", 2000, "Of the bootstrap.")
-_REPORT_ONLY = flags.DEFINE_boolean("report_only", False, "Whether to train nothing.")
-_CONFIG = config_flags.DEFINE_config_dataclass(
-    "config",
-    Config(
-        privacy=PrivacyConfig(l2_clip_norm=0.5),
-        federation=FederationConfig(rounds=16, server_schedule="cosine", ema_decay=0.8),
-        seed=0,
-    ),
+_RESAMPLES = flags.DEFINE_integer("resamples", 2000, "Of the bootstrap.", allow_override=True)
+_REPORT_ONLY = flags.DEFINE_boolean(
+    "report_only", False, "Whether to train nothing.", allow_override=True
+)
+_DEFAULTS = Config(
+    privacy=PrivacyConfig(l2_clip_norm=0.5),
+    federation=FederationConfig(rounds=16, server_schedule="cosine", ema_decay=0.8),
+    seed=0,
 )
 
 
@@ -55,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
     logging.set_verbosity(logging.WARNING)
     use_huge_pages()
-    config, folder = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    config, folder = flags.FLAGS.config, pathlib.Path(_WORKDIR.value)
     split_cpu(config.execution.devices)
     # jax starts here.
     from experiments import feddp_table_report, feddp_table_runs
@@ -84,4 +97,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Not at import: other experiments have a configuration too.
+    config_flags.DEFINE_config_dataclass("config", _DEFAULTS)
     app.run(main)

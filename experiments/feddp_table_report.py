@@ -249,13 +249,18 @@ def _epsilon_table(rows: Mapping[str, Any]) -> str:
                 name,
                 row["protected"],
                 f"{row['delta']:g}",
-                epsilon_text(row["tile_epsilon"]) if row["tile_epsilon"] else "none valid",
-                epsilon_text(row["patient_epsilon"]) if row["patient_epsilon"] else "none valid",
+                _told(row["tile_epsilon"]),
+                _told(row["patient_epsilon"]),
                 adversaries,
                 "infinite" if together is None else f"{epsilon_text(together)}",
             ]
         )
     return _markdown(header, body)
+
+
+def _told(epsilon: float | str | None) -> str:
+    """Of a report just made, or read back from JSON, where infinity is a word."""
+    return "none valid" if epsilon is None else epsilon_text(decode(epsilon))
 
 
 def _notes(report: Mapping[str, Any]) -> str:

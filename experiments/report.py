@@ -20,11 +20,18 @@ _WORKDIRS = flags.DEFINE_string(
     "workdirs", "", "Comma-separated folders; required.", allow_override=True
 )
 _OUTPUT = flags.DEFINE_string("output", "report.html", "The page to write.", allow_override=True)
-_TITLE = flags.DEFINE_string("title", "Federated segmentation under differential privacy", "Of it.")
-_TRAINING = flags.DEFINE_boolean(
-    "show_training_pixels", False, "Whether to show what was rebuilt of training tiles."
+_TITLE = flags.DEFINE_string(
+    "title", "Federated segmentation under differential privacy", "Of it.", allow_override=True
 )
-_NO_PIXELS = flags.DEFINE_boolean("no_pixels", False, "Whether to leave out pictures of tissue.")
+_TRAINING = flags.DEFINE_boolean(
+    "show_training_pixels",
+    False,
+    "Whether to show what was rebuilt of training tiles.",
+    allow_override=True,
+)
+_NO_PIXELS = flags.DEFINE_boolean(
+    "no_pixels", False, "Whether to leave out pictures of tissue.", allow_override=True
+)
 
 
 def main(argv: list[str]) -> int:

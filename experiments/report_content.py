@@ -90,7 +90,9 @@ def _cost(content: Content) -> str:
             points = change["points"]
             dice, low, high = (100 * points[p]["dice"] for p in ("mean", "low", "high"))
             protected = (
-                "" if epsilon is None else f" of at most {epsilon_text(epsilon)} for one tile"
+                ""
+                if epsilon is None
+                else f" of at most {epsilon_text(decode(epsilon))} for one tile"
             )
             return (
                 f"With an epsilon{protected}, {name} scored {abs(dice):.1f} Dice points "

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import feddp_table_report, feddp_table_runs
+from experiments import feddp_table_report, feddp_table_runs, report_content
 from experiments.feddp_table_runs import BASELINE, Options
 from fedjax_dp import training
 from fedjax_dp.config import Config, DataConfig, FederationConfig, ModelConfig, PrivacyConfig
@@ -109,7 +109,20 @@ def test_the_text_names_rows_intervals_and_epsilons(trained):
     assert "| distributed-8 | 2 |" in text
     assert "if all seeds are released" in text
     assert "all background" in text
-    assert (folder / "table.json").exists()
+    kept = json.loads((folder / "table.json").read_text())
+    assert feddp_table_report.markdown(kept) == text
+
+
+def test_the_page_shows_the_table_and_its_interval(trained):
+    folder, rows = trained
+    feddp_table_report.write(rows, folder, resamples=20)
+    content = report_content.read([folder])
+    assert set(content.runs) == {BASELINE, "distributed-8", "alone"}
+    assert "95 %" in report_content.verdict(content)
+    page = report_content.render(
+        content, title="A table", with_pixels=False, with_training_pixels=False
+    )
+    assert "if all seeds are released" in page
 
 
 def test_what_has_finished_is_not_trained_again(trained, monkeypatch):
