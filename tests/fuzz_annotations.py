@@ -7,15 +7,7 @@ grid; an exception that is no `AnnotationError`, a process that dies and a file 
 are failures, and their bytes are kept in --keep.
 """
 
-import argparse
-import collections
 import json
-import multiprocessing
-import pathlib
-import resource
-import sys
-import tempfile
-import time
 
 import numpy as np
 from PIL import Image
@@ -23,8 +15,8 @@ from PIL import Image
 from fedjax_dp.data.annotations.classes import ClassTable
 from fedjax_dp.data.annotations.reading import open_labels
 from fedjax_dp.data.annotations.shapes import AnnotationError
+from tests import fuzzing
 
-MEMORY, SECONDS, BATCH = 3 * 2**30, 20.0, 250
 TABLE = ClassTable.from_text("background; tumour = Tumor; stroma")
 TOKENS = (
     b"null", b"NaN", b"1e400", b"-1", b"[]", b"{}", b'""', b"[[", b"]]", b"<", b"/>", b"&amp;",
@@ -91,6 +83,8 @@ def mutated(data, rng):
     """The bytes with one to five changes: of bits and bytes, of tokens, of what is where."""
     data = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):
+        if not data:  # all dropped
+            break
         place, size = int(rng.integers(0, len(data))), int(rng.integers(1, 80))
         kind = rng.choice(["bit", "byte", "token", "cut", "copy", "drop", "digit"])
         if kind == "bit":
@@ -115,7 +109,7 @@ def mutated(data, rng):
 
 
 def look(path):
-    """What became of one file."""
+    """(what became of one file, whether its labels were painted)."""
     try:
         found = open_labels(
             path,
@@ -126,95 +120,23 @@ def look(path):
         )
         labels = found.label_region(-10, -10, 120, 120, 2.0, 2.0)
     except AnnotationError:
-        return "refused"
+        return "refused", False
     good = labels.shape == (120, 120) and set(np.unique(labels)) <= {0, 1, 2, 255}
-    return "read" if good else "nonsense"
+    return "read" if good else "nonsense", True
 
 
-def work(seed, numbers, originals, folder, sender):
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    names = sorted(originals)
-    for number in numbers:
-        name = names[number % len(names)]
-        path = folder / f"{number}.bin"
-        path.write_bytes(mutated(originals[name], np.random.default_rng([seed, number])))
-        sender.send((number, name, "begun", 0.0))
-        start = time.monotonic()
-        try:
-            outcome = look(path)
-        except Exception as error:
-            outcome = f"raised {type(error).__name__}: {error}"[:90]
-        sender.send((number, name, outcome, time.monotonic() - start))
-        if outcome in ("read", "refused"):
-            path.unlink()
-    sender.send(None)
-
-
-def outcomes(seed, numbers, originals, folder):
-    """(format, outcome, seconds) of files, in processes that may die."""
-    context = multiprocessing.get_context("fork")
-    numbers = list(numbers)
-    while numbers:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(seed, numbers, originals, folder, sender))
-        process.start()
-        sender.close()
-        current = (numbers[0], "")
-        try:
-            while receiver.poll(SECONDS):
-                message = receiver.recv()
-                if message is None:
-                    numbers = []
-                    break
-                number, name, outcome, seconds = message
-                current = number, name
-                if outcome != "begun":
-                    yield name, outcome, seconds
-                    numbers = numbers[numbers.index(number) + 1 :]
-            else:
-                process.kill()
-                yield current[1], f"hangs ({current[0]})", SECONDS
-                numbers = numbers[numbers.index(current[0]) + 1 :]
-        except EOFError:
-            process.join()
-            yield current[1], f"dies ({process.exitcode}, {current[0]})", 0.0
-            numbers = numbers[numbers.index(current[0]) + 1 :]
-        process.join()
+TARGET = fuzzing.Target(bases, mutated, look, ("read", "refused"), ".bin")
 
 
 def run(count, seed, folder):
     """Format -> outcome -> number, and the longest time of a file."""
-    originals = bases(folder)
-    tally, longest = collections.defaultdict(collections.Counter), 0.0
-    for start in range(0, count, BATCH):
-        some = range(start, min(start + BATCH, count))
-        for name, outcome, seconds in outcomes(seed, some, originals, folder):
-            tally[name][outcome] += 1
-            longest = max(longest, seconds)
-    return {name: dict(tally[name]) for name in sorted(tally)}, longest
+    tally = fuzzing.run(TARGET, count, seed, folder)
+    return tally.outcomes, tally.longest
 
 
 def failures(tally):
-    found = {
-        n: {o: c for o, c in t.items() if o not in ("read", "refused")} for n, t in tally.items()
-    }
-    return {name: bad for name, bad in found.items() if bad}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", default="", help="Folder for files that failed.")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(options.keep or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        tally, longest = run(options.count, options.seed, folder)
-    print(json.dumps(tally, indent=1))
-    print(f"{options.count} files, the longest took {longest:.1f} s")
-    sys.exit(bool(failures(tally)))
+    return fuzzing.failures(tally, TARGET.good)
 
 
 if __name__ == "__main__":
-    main()
+    fuzzing.main(TARGET, __doc__, "labels")
